@@ -1,0 +1,66 @@
+# Set-up, tests and measurements. `make help` lists the targets. Everything goes through .venv; on a fresh
+# Debian 12 run as root, and the Debian packages are installed too.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PACKAGE := $(shell find lazyfs -name '*.py' -o -name py.typed)
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint bench clean
+
+## help: list the targets
+help:
+	@sed -n 's/^## //p' Makefile | column -t -s: 2>/dev/null || sed -n 's/^## //p' Makefile
+
+## setup: install Debian packages, the virtual environment, lazyfs and its commands
+setup: $(VENV)/.lazyfs
+	@tools/install-commands
+
+## demo: build an image, push it to a local registry, mount it lazily, run it, compare with a full pull
+demo: setup
+	$(PYTHON) -m benchmarks.demo $(ARGS)
+
+## test: run all tests; ARGS are pytest's (make test ARGS="-k cache -x")
+test: setup
+	$(PYTHON) -m tests.images
+	$(PYTHON) -m pytest $(ARGS)
+
+## lint: ruff and mypy --strict
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+## bench: measure the README's table; writes benchmarks/results
+bench: setup
+	$(PYTHON) -m benchmarks.table $(ARGS)
+
+## clean: remove the virtual environment, the installed commands and caches
+clean:
+	tools/install-commands --remove
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps, from the bottom up. /usr/bin/python3 rather than whichever comes first in PATH: the
+# headers of python3-dev belong to it.
+$(VENV)/.debian: debian-packages.txt tools/install-debian-packages
+	tools/install-debian-packages
+	mkdir -p $(VENV)
+	touch $@
+
+$(VENV)/.dependencies: setup.cfg pyproject.toml $(VENV)/.debian
+	/usr/bin/python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q --disable-pip-version-check 'setuptools >= 66' wheel
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation '.[test,bench]'
+	touch $@
+
+# Not editable: an editable install adds an import hook to every start of the command. Compiled here,
+# since an environment with PYTHONDONTWRITEBYTECODE would compile every module at every start. The
+# build directory is removed because setuptools would install a module from it that is gone by now.
+$(VENV)/.lazyfs: $(VENV)/.dependencies $(PACKAGE)
+	rm -rf build *.egg-info
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	rm -rf build *.egg-info
+	env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m compileall -q $(VENV)/lib/python3*/site-packages
+	touch $@
