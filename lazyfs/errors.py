@@ -1,0 +1,61 @@
+"""Errors that say whose fault they are, so that the user knows where to look.
+
+The base class is never raised. Each subclass names one party: the user, the remote server, the image,
+or this host (disk, kernel, privileges). `hint` is the next thing to try. The command line prints
+``message`` and ``hint`` on one line and exits with `exit_code`; mount(8)'s codes are used throughout
+(mount(8), "EXIT STATUS"): 1 usage or permissions, 2 system error, 32 mount failure.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LazyfsError(Exception):
+    """Base of all expected failures; raise a subclass."""
+
+    fault: ClassVar[str] = ""
+    exit_code: ClassVar[int] = 32
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        if type(self) is LazyfsError:
+            raise TypeError("raise one of LazyfsError's subclasses")
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UserError(LazyfsError):
+    """The command was called wrongly, or lacks rights the user can give."""
+
+    fault = "user"
+    exit_code = 1
+
+
+class RemoteError(LazyfsError):
+    """A registry or blob server failed. `temporary` says whether trying again may help."""
+
+    fault = "remote"
+    exit_code = 32
+
+    def __init__(self, message: str, hint: str = "", *, status: int | None = None, temporary: bool = True) -> None:
+        super().__init__(message, hint)
+        self.status = status
+        self.temporary = temporary
+
+
+class ImageError(LazyfsError):
+    """The image, its index or a cached format is damaged, hostile or not supported."""
+
+    fault = "image"
+    exit_code = 32
+
+
+class HostError(LazyfsError):
+    """This host's disk, kernel or privileges stand in the way."""
+
+    fault = "host"
+    exit_code = 2
