@@ -1,0 +1,347 @@
+"""EROFS metadata before its real judges: fsck.erofs and the kernel.
+
+The reference is not our own reader: the same tree is made with system calls in a directory of an ordinary
+file system, and the mount must show the same, seen through the same system calls and getfacl.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lazyfs import linux
+from lazyfs.core.erofs import Device, write_erofs
+from lazyfs.core.erofsread import ErofsReader
+from lazyfs.core.tar import Kind
+from lazyfs.core.tree import Node
+
+BLOCK = 4096
+CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # VFS_CAP_REVISION_2, cap_net_raw=ep
+NO_ID = 0xFFFFFFFF
+
+
+def acl(*entries: tuple[int, int, int]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+ACL = acl((1, 7, NO_ID), (2, 5, 70000), (4, 5, NO_ID), (8, 3, 12), (16, 5, NO_ID), (32, 0, NO_ID))
+XATTRS = {
+    b"user.empty": b"",
+    b"user.\xff\xfe": b"not text \0\xff",
+    b"trusted.t": b"x" * 1000,
+    b"security.capability": CAPABILITY,
+}
+
+
+def node(kind: Kind, **fields: object) -> Node:
+    values: dict[str, object] = {"mode": 0o644, "uid": 0, "gid": 0, "mtime_s": 1, "mtime_ns": 2, **fields}
+    return Node(kind, **values)  # type: ignore[arg-type]
+
+
+def directory(children: dict[bytes, Node], **fields: object) -> Node:
+    return node(Kind.DIR, **{"mode": 0o755, "children": children, **fields})
+
+
+def file(size: int = 0, **fields: object) -> Node:
+    return node(Kind.FILE, **{"size": size, "layer": 0 if size else -1, **fields})
+
+
+class Data:
+    """Device files, and the places given out in them."""
+
+    def __init__(self, base: Path, count: int) -> None:
+        self.paths = [base / f"device{number}" for number in range(count)]
+        self._ends = [0] * count
+        for path in self.paths:
+            path.touch()
+
+    def file(self, device: int, size: int, pieces: dict[int, bytes], **fields: object) -> Node:
+        """A file of `size` bytes, sparse but for `pieces` (offset: bytes)."""
+        address = self._ends[device]
+        self._ends[device] += -(-size // BLOCK) * BLOCK
+        with self.paths[device].open("r+b") as stream:
+            stream.truncate(self._ends[device])
+            for offset, content in pieces.items():
+                stream.seek(address + offset)
+                stream.write(content)
+        return node(Kind.FILE, size=size, layer=device, address=address, **fields)
+
+    def devices(self) -> list[Device]:
+        return [Device(b"%064d" % number, end) for number, end in enumerate(self._ends)]
+
+
+def count_links(root: Node) -> None:
+    found = [root]
+    for parent in found:
+        found.extend((parent.children or {}).values())
+    for one in found:
+        one.nlink = 2 if one.kind == Kind.DIR else found.count(one)
+    for parent in found:
+        parent.nlink += sum(child.kind == Kind.DIR for child in (parent.children or {}).values())
+
+
+def everything(data: Data) -> Node:
+    """A tree with each feature that a container image may have."""
+    shared = data.file(0, 6, {0: b"shared"}, nlink=3, xattrs={b"user.s": b"1"})
+    long_names = {bytes([65 + number]) * 255: file(mode=number) for number in range(40)}
+    odd_names = [b"\xff\xfe\x80", b"-", b"!", b" ", b"\n", b"...", b".a", b"\\", "ä☃".encode(), b"\x01"]
+    return directory(
+        {
+            b"empty": file(),
+            b"small": data.file(0, 10, {0: b"0123456789"}, mode=0o4755, uid=70000, gid=2**32 - 2),
+            b"other": data.file(1, 5000, {0: b"a" * 5000}, mode=0o2711, uid=65536),
+            b"third": data.file(2, BLOCK, {0: b"b" * BLOCK}, mode=0),
+            b"hard1": shared,
+            b"sub": directory({b"hard2": shared, b"deep": directory({b"hard3": shared})}, mode=0o1777),
+            b"large": data.file(1, 5 * 2**30 + 3, {0: b"start", 2**32 - 2: b"over", 5 * 2**30: b"end"}),
+            b"behind": data.file(1, 9, {0: b"behind it"}),
+            b"old": file(mtime_s=-1_000_000_000, mtime_ns=999_999_999),
+            b"before": file(mtime_s=-1, mtime_ns=1),
+            b"late": file(mtime_s=2**33, mtime_ns=123_456_789),
+            b"zero": node(Kind.CHR, rdev_major=0, rdev_minor=0),
+            b"null": node(Kind.CHR, rdev_major=1, rdev_minor=3, mode=0o666),
+            b"disk": node(Kind.BLK, rdev_major=4095, rdev_minor=2**20 - 1),
+            b"disk2": node(Kind.BLK, rdev_major=259, rdev_minor=70000),
+            b"fifo": node(Kind.FIFO, mode=0o600, xattrs={b"trusted.f": b"f"}),
+            b"short": node(Kind.SYMLINK, target=b"x", mode=0o777),
+            b"4032": node(Kind.SYMLINK, target=b"y" * 4032, mode=0o777),
+            b"4033": node(Kind.SYMLINK, target=b"w" * 4033, mode=0o777),
+            b"4095": node(Kind.SYMLINK, target=b"/z" * 2047 + b"z", mode=0o777, uid=5),
+            b"linkx": node(Kind.SYMLINK, target=b"v" * 3000, mode=0o777, xattrs={b"trusted.l": b"l" * 1200}),
+            b"xattrs": file(xattrs=XATTRS),
+            b"acl": data.file(0, 3, {0: b"acl"}, mode=0o750, xattrs={b"system.posix_acl_access": ACL}),
+            b"acldir": directory(
+                {b"in": file()},
+                mode=0o750,
+                xattrs={b"system.posix_acl_access": ACL, b"system.posix_acl_default": ACL, b"user.d": b"d"},
+            ),
+            b"many": directory({b"%d" % number: file(uid=number) for number in range(5000)}),
+            b"subdirs": directory({b"d%d" % number: directory({}) for number in range(300)}),
+            b"longnames": directory(long_names, xattrs={b"user.big": b"B" * 2000}),
+            b"oddnames": directory({name: file() for name in odd_names}),
+            **{b"x" * 255: file()},
+        },
+        uid=1,
+        gid=2,
+        mode=0o711,
+        mtime_s=77,
+    )
+
+
+def make(path: bytes, wanted: Node, data: Data, made: dict[Node, bytes]) -> None:
+    """The node by system calls, as an unpacker would: owner, mode, attributes, time last."""
+    if wanted in made:
+        os.link(made[wanted], path, follow_symlinks=False)
+        return
+    made[wanted] = path
+    kind = wanted.kind
+    if kind == Kind.DIR:
+        if not os.path.isdir(path):
+            os.mkdir(path)
+        for name, child in (wanted.children or {}).items():
+            make(os.path.join(path, name), child, data, made)
+    elif kind == Kind.SYMLINK:
+        os.symlink(wanted.target, path)
+    elif kind == Kind.FILE:
+        with open(path, "wb") as stream:
+            os.truncate(stream.fileno(), wanted.size)
+            # The large one stays sparse: content is compared against the device file instead.
+            if 0 < wanted.size < 2**20:
+                with data.paths[wanted.layer].open("rb") as device:
+                    device.seek(wanted.address)
+                    stream.write(device.read(wanted.size))
+    else:
+        types = {Kind.CHR: stat.S_IFCHR, Kind.BLK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
+        os.mknod(path, types[kind] | 0o600, os.makedev(wanted.rdev_major, wanted.rdev_minor))
+    os.lchown(path, wanted.uid, wanted.gid)
+    if kind != Kind.SYMLINK:
+        os.chmod(path, wanted.mode)
+    for name, value in wanted.xattrs.items():
+        os.setxattr(path, name, value, follow_symlinks=False)
+    time_ns = wanted.mtime_s * 10**9 + wanted.mtime_ns
+    os.utime(path, ns=(time_ns, time_ns), follow_symlinks=False)
+
+
+Seen = dict[bytes, tuple[object, ...]]
+
+
+def seen(root: Path) -> Seen:
+    """What lstat, readlink, readdir and listxattr say, by path; of inode numbers, which names share one."""
+    found: Seen = {}
+    names: dict[int, list[bytes]] = {}
+    pending = [b""]
+    base = os.fsencode(root)
+    while pending:
+        path = pending.pop()
+        full = os.path.join(base, path) if path else base
+        info = os.lstat(full)
+        kind = stat.S_IFMT(info.st_mode)
+        special = kind in (stat.S_IFCHR, stat.S_IFBLK)
+        size = 0 if kind == stat.S_IFDIR else info.st_size
+        xattrs = {name: os.getxattr(full, name, follow_symlinks=False) for name in _listxattr(full)}
+        found[path] = (
+            info.st_mode, info.st_uid, info.st_gid, info.st_nlink, info.st_mtime_ns, size,
+            info.st_rdev if special else 0,
+            os.readlink(full) if kind == stat.S_IFLNK else b"",
+            xattrs,
+        )  # fmt: skip
+        names.setdefault(info.st_ino, []).append(path)
+        if kind == stat.S_IFDIR:
+            with os.scandir(full) as entries:
+                for entry in entries:
+                    child = os.path.join(path, entry.name)
+                    assert entry.inode() == os.lstat(entry.path).st_ino
+                    assert entry.is_dir(follow_symlinks=False) == os.path.isdir(entry.path)
+                    pending.append(child)
+    for group in names.values():
+        for path in group:
+            found[path] += (sorted(group),)
+    return found
+
+
+def _listxattr(path: bytes) -> list[str]:
+    return sorted(name for name in os.listxattr(path, follow_symlinks=False) if name != "security.selinux")
+
+
+@contextmanager
+def mounted(image: Path, data: Data, target: Path) -> Iterator[None]:
+    context = linux.fsopen("erofs")
+    try:
+        linux.fsconfig_string(context, "source", str(image))
+        for path in data.paths:
+            linux.fsconfig_string(context, "device", str(path))
+        linux.fsconfig_flag(context, "ro")
+        linux.fsconfig_create(context)
+        mount = linux.fsmount(context)
+    finally:
+        os.close(context)
+    try:
+        linux.move_mount(mount, str(target))
+    finally:
+        os.close(mount)
+    try:
+        yield
+    finally:
+        linux.umount2(str(target))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return Data(tmp_path_factory.mktemp("devices"), 4)
+
+
+@pytest.fixture(scope="module")
+def tree(data: Data) -> Node:
+    root = everything(data)
+    count_links(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def image(tree: Node, data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "namespace.erofs"
+    path.write_bytes(write_erofs(tree, data.devices()))
+    return path
+
+
+def fsck(image: Path, data: Data) -> subprocess.CompletedProcess[str]:
+    devices = [f"--device={path}" for path in data.paths]
+    return subprocess.run(["fsck.erofs", *devices, str(image)], capture_output=True, text=True, timeout=60)
+
+
+def test_fsck_finds_no_errors(image: Path, data: Data) -> None:
+    result = fsck(image, data)
+    assert result.returncode == 0, result.stdout + result.stderr
+    ErofsReader(image.read_bytes()).check()
+
+
+def test_kernel_shows_what_an_unpacked_image_would(
+    tree: Node, image: Path, data: Data, target: Path, tmp_path: Path
+) -> None:
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    make(os.fsencode(unpacked), tree, data, {})
+    with mounted(image, data, target):
+        wanted, found = seen(unpacked), seen(target)
+        assert found.keys() == wanted.keys()
+        different = {path: (found[path], wanted[path]) for path in wanted if found[path] != wanted[path]}
+        assert not different
+        assert _getfacl(target) == _getfacl(unpacked)
+        assert b"user:70000:r-x" in _getfacl(target)
+        assert b"default:group:12:-wx" in _getfacl(target)
+        for path, values in wanted.items():
+            if stat.S_ISREG(values[0]) and path != b"large":  # type: ignore[arg-type]
+                content = Path(os.fsdecode(os.path.join(os.fsencode(target), path))).read_bytes()
+                assert content == Path(os.fsdecode(os.path.join(os.fsencode(unpacked), path))).read_bytes()
+        assert os.statvfs(target).f_namemax == 255
+
+
+def _getfacl(root: Path) -> bytes:
+    command = ["getfacl", "--numeric", "--skip-base", "acl", "acldir", "acldir/in", "small", "xattrs"]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=60).stdout
+
+
+def test_large_file_and_what_lies_behind_it(image: Path, data: Data, target: Path) -> None:
+    with mounted(image, data, target), (target / "large").open("rb") as stream:
+        for offset, content in {0: b"start\0", 2**32 - 3: b"\0over\0", 5 * 2**30 - 1: b"\0end"}.items():
+            stream.seek(offset)
+            assert stream.read(6)[: len(content)] == content
+        assert stream.read() == b""
+        assert (target / "behind").read_bytes() == b"behind it"
+
+
+def test_attributes_larger_than_a_block(target: Path, tmp_path: Path) -> None:
+    """ext4 has no room for these, other file systems do."""
+    no_data = Data(tmp_path, 0)
+    attributes = {b"user.a": b"a" * 60000, b"user.b": b"b" * 60000, b"user.c": b"c"}
+    link = node(Kind.SYMLINK, target=b"t" * 4000, mode=0o777, xattrs={b"trusted.x": b"x" * 4010})
+    root = directory(
+        {
+            b"file": file(xattrs=attributes),
+            b"dir": directory({b"in": file()}, xattrs=attributes, nlink=2),
+            b"link": link,
+            # The attributes end exactly where the block does.
+            b"edge": file(xattrs={b"user.e": b"e" * (BLOCK - 64 - 12 - 5)}),
+        },
+        xattrs=attributes,
+        nlink=3,
+    )
+    image = tmp_path / "image"
+    image.write_bytes(write_erofs(root, ()))
+    assert fsck(image, no_data).returncode == 0
+    with mounted(image, no_data, target):
+        for path in (target, target / "file", target / "dir"):
+            assert {os.fsencode(name): os.getxattr(path, name) for name in os.listxattr(path)} == attributes
+        assert os.getxattr(target / "edge", "user.e") == b"e" * 4015
+        assert os.getxattr(target / "link", "trusted.x", follow_symlinks=False) == b"x" * 4010
+        assert os.readlink(target / "link") == "t" * 4000
+        assert os.listdir(target / "dir") == ["in"]
+
+
+def test_acl_is_enforced(image: Path, data: Data, target: Path) -> None:
+    """User 70000 is let in by the ACL alone; user 70001 is not."""
+    program = (
+        "import os,sys; os.setgroups([]); os.setgid(70002); os.setuid(int(sys.argv[1])); open(sys.argv[2])"
+    )
+    with mounted(image, data, target):
+        for user, code in (("70000", 0), ("70001", 1)):
+            command = ["/usr/bin/python3", "-c", program, user, "acl"]
+            assert subprocess.run(command, cwd=target, capture_output=True, timeout=60).returncode == code
+
+
+def test_kernel_notices_a_damaged_superblock(image: Path, data: Data, target: Path, tmp_path: Path) -> None:
+    damaged = bytearray(image.read_bytes())
+    damaged[1024 + 50] ^= 1  # in the UUID: nothing but the checksum tells
+    path = tmp_path / "damaged"
+    path.write_bytes(damaged)
+    with pytest.raises(linux.SyscallError) as caught, mounted(path, data, target):
+        pass
+    assert caught.value.errno == errno.EBADMSG
