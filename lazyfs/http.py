@@ -1,0 +1,470 @@
+"""HTTP requests with retries, checked redirects and lazily made TLS contexts. The only importer of httpx.
+
+One `HttpClient` serves one source. It knows nothing of registries: callers give URLs and headers and get
+status, headers and body. Every failure leaves as RemoteError. Query strings (signed URLs) and headers never
+appear in messages.
+
+Strategy: a request is one attempt (`_attempt`) inside one loop (`_retrying`). An attempt follows redirects by
+hand, because whether credentials may travel on is decided per hop.
+"""
+
+from __future__ import annotations
+
+import http.cookiejar
+import logging
+import random
+import socket
+import ssl
+import urllib.parse
+import urllib.request
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import trio
+
+from lazyfs.errors import HostError, RemoteError
+from lazyfs.transfer import TransferCounters
+from lazyfs.urls import is_link_local, is_loopback, origin, redact, retry_after_s
+
+MAX_REDIRECTS = 5  # registry -> blob store is one hop; proxies add one or two
+MAX_ERROR_BODY_BYTES = 64 << 10
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0  # of silence, not of the whole answer: the caller bounds that
+KEEPALIVE_S = 60.0
+MAX_RETRY_AFTER_S = 60.0  # a server that wants more is answered with an error, not with waiting
+MAX_CAUSES = 20
+# Of one recv. httpcore's 64 KiB cost 12 ms of CPU for 4 MiB, 256 KiB 8 ms, 1 MiB 5 ms: its layers of
+# generators are paid per piece.
+READ_BYTES = 512 << 10
+MAX_REMEMBERED_HOSTS = 256  # a registry and its blob stores are a handful
+TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+CERTS_DIRS = ("/etc/docker/certs.d", "/etc/containers/certs.d")  # containers-certs.d(5)
+
+# httpx logs each URL at INFO, query string and all: signed URLs are credentials.
+for _name in ("httpx", "httpcore"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential back-off with full jitter: attempt n waits a random time up to min(cap, base * 2^n)."""
+
+    attempts: int = 5
+    base_s: float = 0.2
+    cap_s: float = 5.0
+
+    def delay_s(self, attempt: int) -> float:
+        """How long to wait after failed attempt number `attempt` (from 1), in seconds."""
+        return random.uniform(0, min(self.cap_s, self.base_s * 2**attempt))
+
+
+@dataclass(frozen=True)
+class Response:
+    """A whole answer. `url` is where it came from, after redirects. Header names are case-insensitive."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    url: str
+
+
+@dataclass(frozen=True)
+class StreamResponse:
+    """An answer whose body is still coming: `chunks` yields it once, RemoteError when it breaks."""
+
+    status: int
+    headers: Mapping[str, str]
+    url: str
+    chunks: AsyncIterator[bytes]
+
+
+class BodyTooLarge(RemoteError):
+    """The body is larger than the caller allows; it was not read."""
+
+
+class _Failed(Exception):
+    """One attempt failed."""
+
+    def __init__(
+        self,
+        problem: str,
+        hint: str,
+        *,
+        temporary: bool,
+        status: int | None = None,
+        wait_s: float | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.hint = hint
+        self.temporary = temporary
+        self.status = status
+        self.wait_s = wait_s
+
+
+_Answer = TypeVar("_Answer")
+
+
+class HttpClient:
+    """Owned by one source; `aclose()` it. Safe for many tasks of one trio run.
+
+    `max_connections` bounds requests in flight; streams have as many connections of their own, so whoever
+    holds a stream can always fetch something else.
+    """
+
+    def __init__(
+        self,
+        *,
+        insecure: bool = False,
+        ca_files: Sequence[str] = (),
+        max_connections: int = 8,
+        counters: TransferCounters | None = None,
+        retry: RetryPolicy | None = None,
+        certs_dirs: Sequence[str] = CERTS_DIRS,
+        read_timeout_s: float = READ_TIMEOUT_S,
+    ) -> None:
+        self.insecure = insecure
+        self.counters = counters if counters is not None else TransferCounters()
+        self.retry = retry or RetryPolicy()
+        self._slots = trio.Semaphore(max_connections)
+        self._stream_slots = trio.Semaphore(max_connections)
+        # No cookies: nothing here needs them, and they would travel between repositories.
+        no_cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
+        self._client = httpx.AsyncClient(
+            transport=_Transports(insecure, tuple(ca_files), 2 * max_connections, tuple(certs_dirs)),
+            cookies=no_cookies,
+            headers={"User-Agent": "lazyfs", "Accept-Encoding": "identity", "Accept": "*/*"},
+            # pool=None: the semaphores do the waiting, inside the caller's deadline.
+            timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+        )
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        max_body_bytes: int = MAX_ERROR_BODY_BYTES,
+        check: Callable[[Response], str | None] | None = None,
+        retry: bool = True,
+    ) -> Response:
+        """One request and its whole answer, whatever its (lasting) status.
+
+        `check` may find the answer unusable: what it returns is the problem, and the request is tried again.
+        Raises RemoteError when the attempts or the caller's deadline are used up, BodyTooLarge at once.
+        """
+
+        async def attempt() -> Response:
+            async with self._slots:
+                raw = await self._attempt(method, url, headers or {}, content)
+                try:
+                    limit = max_body_bytes if raw.status_code < 300 else MAX_ERROR_BODY_BYTES
+                    body = b"" if method == "HEAD" else await self._read_body(raw, limit)
+                finally:
+                    await raw.aclose()
+            response = Response(raw.status_code, raw.headers, body, str(raw.url))
+            if check is not None and (problem := check(response)):
+                raise _Failed(problem, "the server or the network damages answers", temporary=True)
+            return response
+
+        return await self._retrying(method, url, attempt, self.retry.attempts if retry else 1)
+
+    @asynccontextmanager
+    async def stream(
+        self, url: str, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[StreamResponse]:
+        """GET with the body as it comes. Retries until the answer begins; then breaks are the caller's."""
+
+        async def attempt() -> httpx.Response:
+            return await self._attempt("GET", url, headers or {}, None)
+
+        async with self._stream_slots:
+            raw = await self._retrying("GET", url, attempt, self.retry.attempts)
+            chunks = self._chunks(raw)
+            try:
+                yield StreamResponse(raw.status_code, raw.headers, str(raw.url), chunks)
+            finally:
+                await chunks.aclose()
+                await raw.aclose()
+
+    async def _retrying(
+        self, method: str, url: str, attempt: Callable[[], Awaitable[_Answer]], attempts: int
+    ) -> _Answer:
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                return await attempt()
+            except _Failed as error:
+                failed = error
+            except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+                failed = _explain(error)
+            delay_s = self.retry.delay_s(tried) if failed.wait_s is None else failed.wait_s
+            left_s = trio.current_effective_deadline() - trio.current_time()
+            # Waiting longer than the caller would only turn a telling error into a time-out.
+            if not failed.temporary or tried >= attempts or delay_s > min(left_s, MAX_RETRY_AFTER_S):
+                times = f" ({tried} attempts)" if tried > 1 else ""
+                raise RemoteError(
+                    f"{method} {redact(url)}: {failed.problem}{times}",
+                    failed.hint,
+                    status=failed.status,
+                    temporary=failed.temporary,
+                )
+            self.counters.retries += 1
+            await trio.sleep(delay_s)
+
+    async def _attempt(
+        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
+    ) -> httpx.Response:
+        """One attempt up to the answer's headers; the caller closes it. Redirects are followed."""
+        first = origin(url)
+        headers = dict(headers)
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_scheme(url)
+            self.counters.requests += 1
+            raw = await self._client.send(
+                self._client.build_request(method, url, headers=headers, content=content), stream=True
+            )
+            try:
+                target = self._redirect_target(method, raw)
+                if target is None:
+                    await self._refuse_temporary(raw)
+                    return raw
+                await self._read_body(raw, MAX_ERROR_BODY_BYTES)  # a read connection can be used again
+            except BaseException:
+                await raw.aclose()
+                raise
+            await raw.aclose()
+            url = target
+            scheme, host, _ = origin(url)
+            downgraded = scheme == "http" and first[0] == "https"
+            # No server out there may make us ask this host, or the cloud's metadata service, in its name.
+            inward = (
+                host != first[1] and not is_loopback(first[1]) and (is_loopback(host) or is_link_local(host))
+            )
+            if downgraded or inward:
+                problem = f"redirected to {redact(url)}, which is not allowed"
+                raise _Failed(problem, "report it to the server's operator", temporary=False)
+            if origin(url) != first:  # distribution-spec, RFC 9110 section 15.4
+                headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
+        raise _Failed(f"more than {MAX_REDIRECTS} redirects", "report it to the operator", temporary=False)
+
+    def _check_scheme(self, url: str) -> None:
+        scheme, host, _ = origin(url)
+        if scheme == "http" and not self.insecure and not is_loopback(host):
+            raise _Failed(
+                f"plain http to {host} is refused",
+                "anybody on the way could read and change it; allow it with the option insecure",
+                temporary=False,
+            )
+
+    @staticmethod
+    def _redirect_target(method: str, raw: httpx.Response) -> str | None:
+        location: str | None = raw.headers.get("Location")
+        # 301-303 turn other methods into GET, which no upload survives: those answers go to the caller.
+        followed = (301, 302, 303, 307, 308) if method in ("GET", "HEAD") else (307, 308)
+        if raw.status_code not in followed or location is None:
+            return None
+        try:
+            return urllib.parse.urljoin(str(raw.url), location)
+        except ValueError:
+            raise _Failed(
+                "redirected to a malformed URL", "report it to the operator", temporary=False
+            ) from None
+
+    async def _refuse_temporary(self, raw: httpx.Response) -> None:
+        """Turn an answer that may be better next time into _Failed."""
+        status = raw.status_code
+        if status not in TEMPORARY_STATUS:
+            return
+        if raw.request.method != "HEAD":
+            await self._read_body(raw, MAX_ERROR_BODY_BYTES)
+        hint = "the server is in trouble; try again later"
+        if status == 429:
+            hint = "the server limits requests; try again later, or log in for a higher limit"
+        wait_s = retry_after_s(raw.headers.get("Retry-After"))
+        raise _Failed(f"the server answered {status}", hint, temporary=True, status=status, wait_s=wait_s)
+
+    async def _raw_chunks(self, raw: httpx.Response) -> AsyncGenerator[bytes, None]:
+        """The body as it comes, counted. Closed early, it closes the answer; httpx's exceptions pass."""
+        body = raw.aiter_raw()
+        try:
+            async for chunk in body:
+                self.counters.bytes_fetched += len(chunk)
+                yield chunk
+        except GeneratorExit:
+            # httpx's body is a chain of generators, and closing the outermost leaves the others to the
+            # garbage collector. Reading on from the closed answer ends them all, without any I/O.
+            with trio.CancelScope(shield=True):
+                await raw.aclose()
+                with suppress(httpx.HTTPError, httpx.StreamError):
+                    async for _ in body:
+                        pass
+            raise
+
+    async def _chunks(self, raw: httpx.Response) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(self._raw_chunks(raw)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            failed = _explain(error)
+            raise RemoteError(f"GET {redact(str(raw.url))}: {failed.problem}", failed.hint) from None
+
+    async def _read_body(self, raw: httpx.Response, limit_bytes: int) -> bytes:
+        """The body, at most `limit_bytes`; of an error answer as much of its beginning as can be had."""
+        length = raw.headers.get("Content-Length", "")
+        ok = raw.status_code < 300
+        if ok and length.isascii() and length.isdigit() and int(length[:20]) > limit_bytes:
+            raise self._too_large(raw, limit_bytes)
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with aclosing(self._raw_chunks(raw)) as chunks:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > limit_bytes:
+                        if ok:
+                            raise self._too_large(raw, limit_bytes)
+                        break
+                    pieces.append(chunk)
+        except httpx.TransportError:
+            # docker-registry answers 416 with the length of the blob, then closes: the status is what counts.
+            if ok:
+                raise
+        return b"".join(pieces)
+
+    def _too_large(self, raw: httpx.Response, limit_bytes: int) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"GET {redact(str(raw.url))}: the answer is larger than {limit_bytes} bytes",
+            status=raw.status_code,
+            temporary=False,
+        )
+
+
+class _Transports(httpx.AsyncBaseTransport):
+    """Chooses the connection pool for a request, and makes it when it is first needed.
+
+    Loading the system's CAs takes tens of milliseconds, so plain http must not pay for it. Hosts with
+    files in certs.d get a pool of their own, so the number of pools is bounded by this host's files.
+    """
+
+    def __init__(
+        self, insecure: bool, ca_files: tuple[str, ...], connections: int, certs_dirs: tuple[str, ...]
+    ) -> None:
+        self._insecure = insecure
+        self._ca_files = ca_files
+        self._certs_dirs = certs_dirs
+        self._limits = httpx.Limits(
+            max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEPALIVE_S
+        )
+        self._pools: dict[tuple[str, tuple[str, ...], str | None], httpx.AsyncHTTPTransport] = {}
+        self._files: dict[str, tuple[str, ...]] = {}
+        self._proxies = urllib.request.getproxies_environment()  # once: walks the whole environment
+        self._making = trio.Lock()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        files = self._host_files(url.netloc.decode("ascii")) if url.scheme == "https" else ()
+        key = (url.scheme, files, self._proxy_for(url.scheme, url.host, url.netloc.decode("ascii")))
+        pool = self._pools.get(key)
+        if pool is None:
+            async with self._making:
+                pool = self._pools.get(key) or await self._make(*key)
+                self._pools[key] = pool
+        return await pool.handle_async_request(request)
+
+    def _proxy_for(self, scheme: str, host: str, authority: str) -> str | None:
+        """The proxy that http_proxy, https_proxy and no_proxy ask for; never one for this machine itself."""
+        proxies = self._proxies
+        if scheme not in proxies or is_loopback(host) or urllib.request.proxy_bypass(authority, proxies):
+            return None
+        return proxies[scheme]
+
+    async def aclose(self) -> None:
+        for pool in self._pools.values():
+            await pool.aclose()
+
+    async def _make(self, scheme: str, files: tuple[str, ...], proxy: str | None) -> httpx.AsyncHTTPTransport:
+        if scheme == "https":
+            context = await trio.to_thread.run_sync(self._tls_context, files)
+        else:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, trusts nothing, costs nothing
+        from httpcore._async import http11  # httpx imports httpcore as late as this, too
+
+        http11.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
+        return httpx.AsyncHTTPTransport(verify=context, limits=self._limits, proxy=proxy, trust_env=False)
+
+    def _host_files(self, authority: str) -> tuple[str, ...]:
+        """The *.crt, *.cert and *.key files for this host[:port], looked for once."""
+        if authority in self._files:
+            return self._files[authority]
+        found: list[str] = []
+        for base in self._certs_dirs:
+            for suffix in (".crt", ".cert", ".key"):
+                found += sorted(str(path) for path in Path(base, authority).glob(f"*{suffix}"))
+        if len(self._files) < MAX_REMEMBERED_HOSTS:
+            self._files[authority] = tuple(found)
+        return tuple(found)
+
+    def _tls_context(self, files: tuple[str, ...]) -> ssl.SSLContext:
+        """Blocking. Trust the system's CAs, `ca_files` and *.crt; *.cert with its *.key is what we show."""
+        context = ssl.create_default_context()
+        if self._insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        path = ""
+        try:
+            for path in (*self._ca_files, *(name for name in files if name.endswith(".crt"))):
+                context.load_verify_locations(cafile=path)
+            for path in (name for name in files if name.endswith(".cert")):
+                context.load_cert_chain(path, path.removesuffix(".cert") + ".key")
+        except (OSError, ssl.SSLError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise HostError(
+                f"{path}: cannot use this certificate file: {reason}", "it must hold PEM"
+            ) from None
+        return context
+
+
+def _explain(error: Exception) -> _Failed:
+    """What a failure below HTTP means for the user. The texts of httpx are not used: they may hold URLs."""
+    causes: list[BaseException] = [error]
+    for cause in causes:  # grows while it is walked
+        if isinstance(cause, BaseExceptionGroup):  # trio's, one exception per address of the host
+            causes += cause.exceptions
+        elif (below := cause.__cause__ or cause.__context__) is not None and len(causes) < MAX_CAUSES:
+            causes.append(below)
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return _Failed(
+                f"its certificate is not trusted: {cause.verify_message}",
+                "give its CA with the option ca, or put it into /etc/docker/certs.d/HOST/ca.crt",
+                temporary=False,
+            )
+        if isinstance(cause, ssl.SSLError):
+            return _Failed(f"TLS failed: {cause.reason}", "does this port speak https?", temporary=False)
+        if isinstance(cause, socket.gaierror):
+            again = cause.errno == socket.EAI_AGAIN
+            return _Failed("no such host", "check the name and this host's DNS", temporary=again)
+        if isinstance(cause, ConnectionRefusedError):
+            return _Failed("connection refused", "is the server running, and the port right?", temporary=True)
+    hint = "the network or the server is in trouble; try again later"
+    if isinstance(error, httpx.TimeoutException):
+        return _Failed("no answer in time", hint, temporary=True)
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return _Failed("not a valid request", "report this to the server's operator", temporary=False)
+    if isinstance(error, httpx.ProxyError):
+        return _Failed("the proxy failed", "check https_proxy and no_proxy", temporary=True)
+    if isinstance(error, httpx.ConnectError):
+        return _Failed("cannot connect", hint, temporary=True)
+    return _Failed(f"the connection broke ({type(error).__name__})", hint, temporary=True)

@@ -1,0 +1,73 @@
+"""Where an image's documents and blobs come from: one protocol, chosen by the kind of reference."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from lazyfs.core.oci import Descriptor
+from lazyfs.core.reference import DirectoryReference, Reference, RegistryReference
+from lazyfs.transfer import SourceOptions, TransferCounters
+
+__all__ = ["Source", "SourceOptions", "TransferCounters", "open_source"]
+
+
+class Source(Protocol):
+    """A repository or layout. Used by many tasks of one trio run.
+
+    Raises RemoteError (cannot be had), ImageError (is not what its digest says), HostError,
+    UserError. Retries are inside, bounded by the caller's deadline: give each operation one.
+    """
+
+    counters: TransferCounters
+
+    async def manifest(self, reference: str) -> tuple[bytes, str]:
+        """Tag or digest -> bytes as stored (at most 4 MiB), media type; verified if asked for by digest."""
+
+    async def blob(self, digest: str, size_bytes: int) -> bytes:
+        """The whole blob in memory, size and digest verified. The caller caps the size."""
+
+    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
+        """Exactly the bytes [start, end) of a blob, not verified."""
+
+    def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The whole blob in order in pieces of at most 1 MiB; verified after the last piece (ImageError)."""
+
+    async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
+        """What was attached to a manifest, of one artifact type."""
+
+    async def push_blob(self, data: bytes) -> str:
+        """Store a blob unless it is there; returns its digest."""
+
+    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> str:
+        """Store a manifest under a tag or its digest; returns its digest."""
+
+    async def attach(self, subject: Descriptor, manifest: bytes) -> str:
+        """Store an artifact manifest whose subject is `subject`, findable by `referrers()`."""
+
+    async def aclose(self) -> None:
+        """Release connections and files."""
+
+
+def open_source(reference: Reference, options: SourceOptions) -> Source:
+    """The source for a reference. No I/O except opening a layout's directory (UserError). `aclose()` it.
+
+    The HTTP stack is imported only for those who need it: it costs more than opening a local layout.
+    """
+    if isinstance(reference, DirectoryReference):
+        from lazyfs.imagelayout import DirectoryLayout
+
+        return DirectoryLayout(reference)
+    from lazyfs.http import HttpClient
+
+    http = HttpClient(
+        insecure=options.insecure, ca_files=options.ca_files, max_connections=options.max_connections
+    )
+    if isinstance(reference, RegistryReference):
+        from lazyfs.registry import Registry
+
+        return Registry(reference, http, auth_files=options.auth_files)
+    from lazyfs.imagelayout import WebLayout
+
+    return WebLayout(reference, http)

@@ -1,0 +1,29 @@
+"""Values that sources of blobs and their users share; light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TransferCounters:
+    """What a source has done so far. `bytes_fetched` are bytes of answers' bodies, also of wasted ones."""
+
+    requests: int = 0
+    bytes_fetched: int = 0
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to reach a source.
+
+    `insecure`: plain http is allowed to any host, and certificates are not verified. `ca_files`: more trusted
+    CAs (PEM). `auth_files`: credential files in order of preference; None = the usual places of this process.
+    `max_connections`: for ranges and documents; streams have as many of their own.
+    """
+
+    insecure: bool = False
+    ca_files: tuple[str, ...] = ()
+    auth_files: tuple[str, ...] | None = None
+    max_connections: int = 8

@@ -1,0 +1,349 @@
+"""Manifests, indexes, configs and challenges: good ones read right, damaged ones give ImageError."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.core import oci
+from lazyfs.core.oci import Descriptor, ImageIndex, Manifest, Platform
+from lazyfs.errors import ImageError, UserError
+
+DIGEST = "sha256:" + "0" * 64
+OTHER = "sha256:" + "1" * 64
+LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+
+
+def descriptor(
+    media_type: str = LAYER, digest: str = DIGEST, size: object = 5, **more: object
+) -> dict[str, object]:
+    return {"mediaType": media_type, "digest": digest, "size": size, **more}
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    document = {
+        "schemaVersion": 2,
+        "mediaType": oci.MEDIA_MANIFEST,
+        "config": descriptor(oci.MEDIA_CONFIG),
+        "layers": [descriptor(), descriptor(digest=OTHER)],
+    }
+    return {key: value for key, value in (document | changes).items() if value != "absent"}
+
+
+def index(*platforms: str | None) -> ImageIndex:
+    entries = []
+    for number, platform in enumerate(platforms):
+        entry = descriptor(oci.MEDIA_MANIFEST, f"sha256:{number:064x}")
+        if platform is not None:
+            os, architecture, *variant = platform.split("/")
+            entry["platform"] = {"os": os, "architecture": architecture, "variant": "".join(variant)}
+        entries.append(entry)
+    raw = json.dumps({"schemaVersion": 2, "mediaType": oci.MEDIA_INDEX, "manifests": entries}).encode()
+    parsed = oci.parse_manifest(raw, oci.MEDIA_INDEX)
+    assert isinstance(parsed, ImageIndex)
+    return parsed
+
+
+def parse(document: object, media_type: str = oci.MEDIA_MANIFEST) -> Manifest | ImageIndex:
+    return oci.parse_manifest(json.dumps(document).encode(), media_type)
+
+
+def test_manifest() -> None:
+    """All fields arrive."""
+    extra = descriptor(
+        annotations={"k": "v"}, platform={"os": "linux", "architecture": "arm", "variant": "v7"}
+    )
+    parsed = parse(manifest(layers=[extra], subject=descriptor(), artifactType="a/b", annotations={"x": "y"}))
+    assert isinstance(parsed, Manifest)
+    assert parsed.layers == (Descriptor(LAYER, DIGEST, 5, {"k": "v"}, Platform("linux", "arm", "v7")),)
+    assert parsed.subject == Descriptor(LAYER, DIGEST, 5)
+    assert (parsed.artifact_type, parsed.annotations, parsed.media_type) == (
+        "a/b",
+        {"x": "y"},
+        oci.MEDIA_MANIFEST,
+    )
+    assert parsed.config.media_type == oci.MEDIA_CONFIG
+
+
+@pytest.mark.parametrize("served", ["", "application/json", "application/octet-stream; charset=utf-8"])
+def test_media_type_from_the_document(served: str) -> None:
+    """Plain web servers know no media types: the document's own counts."""
+    assert isinstance(parse(manifest(), served), Manifest)
+    assert isinstance(parse(manifest(mediaType="absent"), served), Manifest)
+
+
+def test_docker_types() -> None:
+    """Docker's documents have the same shape."""
+    assert isinstance(parse(manifest(mediaType=oci.DOCKER_MANIFEST), oci.DOCKER_MANIFEST), Manifest)
+    listed = {"schemaVersion": 2, "mediaType": oci.DOCKER_LIST, "manifests": []}
+    assert isinstance(parse(listed, oci.DOCKER_LIST), ImageIndex)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mediaType": oci.MEDIA_INDEX},
+        {"manifests": []},
+        {"schemaVersion": 1},
+        {"schemaVersion": True},
+        {"schemaVersion": "2"},
+        {"layers": "absent"},
+        {"layers": {}},
+        {"layers": [1]},
+        {"config": "absent"},
+        {"config": []},
+        {"layers": [descriptor(size=-1)]},
+        {"layers": [descriptor(size=True)]},
+        {"layers": [descriptor(size=2**63)]},
+        {"layers": [descriptor(size=1.5)]},
+        {"layers": [descriptor(size="5")]},
+        {"layers": [descriptor(digest="sha256:../../../etc/passwd")]},
+        {"layers": [descriptor(digest=DIGEST[:-1])]},
+        {"layers": [descriptor(digest="md5:" + "0" * 32)]},
+        {"layers": [descriptor(media_type="no type")]},
+        {"layers": [descriptor(annotations=[])]},
+        {"layers": [descriptor(annotations={"a": 1})]},
+        {"layers": [descriptor()] * (oci.MAX_LAYERS + 1)},
+        {"subject": "x"},
+        {"annotations": []},
+        {"artifactType": 3},
+        {"layers": [descriptor(platform="linux")]},
+    ],
+)
+def test_bad_manifests(changes: dict[str, Any]) -> None:
+    """Wrong types, sizes, digests and ambiguous documents are refused."""
+    with pytest.raises(ImageError):
+        parse(manifest(**changes))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"nul",
+        b"NaN",
+        b'{"a":NaN}',
+        b'{"a":1,"a":2}',
+        b"[" * 100000,
+        b'{"a":' * 100000,
+        b'{"a":"\\ud800"}',
+        b"1" * 5000,
+        b" " * (oci.MAX_MANIFEST_BYTES + 1),
+    ],
+    ids=range(12),
+)
+def test_bad_json(raw: bytes) -> None:
+    """Whatever the JSON parser can meet is an ImageError."""
+    with pytest.raises(ImageError):
+        oci.load_json(raw, "the document")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PATHS = [
+    ("schemaVersion",),
+    ("mediaType",),
+    ("config",),
+    ("layers",),
+    ("subject",),
+    ("layers", 0),
+    ("annotations",),
+    ("layers", 0, "size"),
+    ("layers", 0, "digest"),
+    ("layers", 1, "annotations"),
+    ("layers", 1, "platform"),
+]
+
+
+@given(st.sampled_from(PATHS), JSON, st.sampled_from([oci.MEDIA_MANIFEST, oci.MEDIA_INDEX, "", "x"]))
+def test_any_manifest(path: tuple[Any, ...], value: object, media_type: str) -> None:
+    """Any value in any place is accepted or an ImageError."""
+    document = manifest(subject=descriptor(), annotations={})
+    place: Any = document
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with contextlib.suppress(ImageError):
+        parse(document, media_type)
+
+
+@given(st.binary(max_size=200), st.integers(0, 400))
+def test_damaged_bytes(noise: bytes, at: int) -> None:
+    """Noise in the bytes of a manifest or config is accepted or an ImageError."""
+    raw = json.dumps(manifest()).encode()
+    for parser in (lambda data: oci.parse_manifest(data, ""), oci.parse_config):
+        with contextlib.suppress(ImageError):
+            parser(raw[:at] + noise + raw[at + len(noise) :])
+
+
+def test_config() -> None:
+    """The fields that matter for running, with Go's nulls."""
+    run: dict[str, Any] = {
+        "Env": ["A=b"],
+        "Entrypoint": ["/x"],
+        "Cmd": None,
+        "User": "1:2",
+        "WorkingDir": "/w",
+        "Labels": {"l": "1"},
+        "Volumes": {"/v": {}},
+        "ExposedPorts": {"80/tcp": {}},
+        "StopSignal": "SIGINT",
+    }
+    document = {
+        "os": "linux",
+        "architecture": "amd64",
+        "config": run,
+        "rootfs": {"type": "layers", "diff_ids": [DIGEST]},
+    }
+    config = oci.parse_config(json.dumps(document).encode())
+    assert (config.os, config.architecture, config.diff_ids) == ("linux", "amd64", (DIGEST,))
+    assert (config.env, config.entrypoint, config.cmd) == (("A=b",), ("/x",), ())
+    assert (config.user, config.working_dir, config.stop_signal) == ("1:2", "/w", "SIGINT")
+    assert (config.labels, config.volumes, config.exposed_ports) == ({"l": "1"}, ("/v",), ("80/tcp",))
+    bare = oci.parse_config(b'{"rootfs":{"type":"layers","diff_ids":null},"config":null}')
+    assert bare.env == () and bare.diff_ids == ()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        {"rootfs": {"type": "x"}},
+        {"rootfs": {"type": "layers", "diff_ids": ["x"]}},
+        {"rootfs": {"type": "layers"}, "config": []},
+        {"rootfs": {"type": "layers"}, "config": {"Env": "A"}},
+        {"rootfs": {"type": "layers"}, "config": {"Cmd": ["a\0b"]}},
+        {"rootfs": {"type": "layers"}, "os": 3},
+        {"rootfs": {"type": "layers"}, "config": {"Labels": {"a": 1}}},
+    ],
+)
+def test_bad_configs(document: dict[str, Any]) -> None:
+    """Wrong types, and NUL in what becomes argv, are refused."""
+    with pytest.raises(ImageError):
+        oci.parse_config(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize(
+    ("platforms", "wanted", "number"),
+    [
+        (["linux/amd64", "linux/arm64"], "linux/arm64", 1),
+        (["linux/arm64/v8", "linux/arm64"], "linux/arm64", 0),
+        (["linux/arm/v5", "linux/arm/v6", "linux/arm/v7"], "linux/arm", 2),
+        (["linux/arm/v5", "linux/arm/v6", "linux/arm/v7"], "linux/arm/v6", 1),
+        (["linux/arm/v5", "linux/arm/v8"], "linux/arm/v7", 0),
+        (["linux/amd64/v3", "linux/amd64"], "linux/amd64", 1),
+        (["linux/amd64/v2", "linux/amd64"], "linux/amd64/v3", 0),
+        (["unknown/unknown", "linux/amd64"], "linux/amd64", 1),
+        (["windows/amd64", None], "linux/amd64", 1),
+    ],
+)
+def test_select_platform(platforms: list[str | None], wanted: str, number: int) -> None:
+    """The exact variant, else the best lower one; attestations are never chosen."""
+    assert oci.select_platform(index(*platforms), wanted).digest == f"sha256:{number:064x}"
+
+
+@pytest.mark.parametrize(
+    ("platforms", "wanted"),
+    [
+        ([], "linux/amd64"),
+        (["linux/amd64/v3"], "linux/amd64"),
+        (["unknown/unknown"], "linux/amd64"),
+        ([None, None], "linux/arm"),
+    ],
+)
+def test_no_platform(platforms: list[str | None], wanted: str) -> None:
+    """Nothing that would not run is chosen."""
+    with pytest.raises(ImageError):
+        oci.select_platform(index(*platforms), wanted)
+
+
+def test_platform_names() -> None:
+    """Machines become platforms; what is unknown is the user's to name."""
+    assert oci.host_platform("x86_64") == "linux/amd64"
+    assert oci.host_platform("aarch64") == "linux/arm64"
+    for call, text in (
+        (oci.host_platform, "pdp11"),
+        (oci.parse_platform, "linux"),
+        (oci.parse_platform, "a/b/c/d"),
+    ):
+        with pytest.raises(UserError):
+            call(text)
+
+
+def test_add_to_index() -> None:
+    """Appending keeps what others wrote, and is idempotent."""
+    own = Descriptor(oci.MEDIA_MANIFEST, OTHER, 7, {"a": "b"}, artifact_type="x/y")
+    first = oci.add_to_index(None, own)
+    assert oci.add_to_index(first, own) == first
+    theirs = json.loads(first) | {"unknown": [1]}
+    again = json.loads(
+        oci.add_to_index(json.dumps(theirs).encode(), Descriptor(oci.MEDIA_MANIFEST, DIGEST, 1))
+    )
+    assert again["unknown"] == [1] and [item["digest"] for item in again["manifests"]] == [OTHER, DIGEST]
+    parsed = oci.parse_manifest(json.dumps(again).encode(), oci.MEDIA_INDEX)
+    assert isinstance(parsed, ImageIndex) and parsed.manifests[0] == own
+
+
+def test_build_artifact() -> None:
+    """What we attach is read back by our own parser."""
+    subject = Descriptor(oci.MEDIA_MANIFEST, DIGEST, 3)
+    layer = Descriptor("a/b", OTHER, 9)
+    parsed = oci.parse_manifest(oci.build_artifact("x/y", [layer], subject, {"k": "v"}), oci.MEDIA_MANIFEST)
+    assert isinstance(parsed, Manifest)
+    assert (parsed.artifact_type, parsed.subject, parsed.layers) == ("x/y", subject, (layer,))
+    assert parsed.config.digest == oci.sha256_digest(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (
+            'Bearer realm="https://a/t",service="s",scope="repository:x:pull,push"',
+            ("bearer", {"realm": "https://a/t", "service": "s", "scope": "repository:x:pull,push"}),
+        ),
+        ('Basic realm="x"', ("basic", {"realm": "x"})),
+        ('Basic realm="x", Bearer realm="y", service=z', ("bearer", {"realm": "y", "service": "z"})),
+        ('Negotiate, Basic realm="a \\"quoted\\" b"', ("basic", {"realm": 'a "quoted" b'})),
+        ("bearer", ("bearer", {})),
+        ("", ("", {})),
+        ("Digest x=1", ("", {})),
+        ('Bearer realm="open', ("bearer", {})),
+    ],
+)
+def test_challenges(header: str, expected: tuple[str, dict[str, str]]) -> None:
+    """Bearer before Basic; commas inside quotes do not separate."""
+    assert oci.parse_challenge(header) == expected
+
+
+@given(st.one_of(st.text(), st.text(alphabet='Bearbasic ="\\,;', max_size=60)))
+def test_any_challenge(header: str) -> None:
+    """No header raises."""
+    scheme, parameters = oci.parse_challenge(header)
+    assert scheme in ("bearer", "basic", "") and (scheme or not parameters)
+
+
+def test_digest_check() -> None:
+    """Pieces count as a whole, for both algorithms."""
+    check = oci.DigestCheck(oci.sha256_digest(b"abc"))
+    check.update(b"a")
+    assert not check.matches()
+    check.update(memoryview(b"bc"))
+    assert check.matches()
+    empty_sha512 = (
+        "sha512:"
+        "cf83e1357eefb8bdf1542850d66d8007d620e4050b5715dc83f4a921d36ce9ce"
+        "47d0d13c5d85f2b0ff8318d2877eec2f63b931bd47417a81a538327af927da3e"
+    )
+    assert oci.digest_matches(b"", empty_sha512) and not oci.digest_matches(b"x", empty_sha512)
+    with pytest.raises(ImageError):
+        oci.parse_digest(7)
