@@ -1,0 +1,136 @@
+"""Where to enter a deflate stream in the middle, and what that costs (RFC 1951, RFC 1952). Pure byte
+arithmetic.
+
+A deflate block may start at any bit. A decoder can be started there with stock zlib or ISA-L if it is given
+
+- the last 32 KiB of output before that point (the *window*), and
+- the stream from that bit on, *with the bit position inside the byte kept*: a stored block skips to the next
+  byte boundary, so shifting the stream to bit 0 breaks every stored block behind the entry (measured: 68 of
+  6,238 entry points of a Debian layer made by gzip 1.12 fail at once, more fail later).
+
+Hence the low bits of the first byte are replaced by the end of a sequence of empty blocks of the right
+length.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from lazyfs.errors import ImageError
+
+WINDOW_BYTES = 32768
+
+_FIXED_EMPTY = ((0b010, 3), (0, 7))  # not final, fixed codes, end of block: 10 bits
+
+
+def _dynamic_empty() -> tuple[tuple[int, int], ...]:
+    """An empty block with dynamic codes of 93 bits: the odd length that fixed blocks (10 bits) cannot give.
+
+    Code lengths alphabet: only the symbols 18 and 1, one bit each (complete, as zlib demands). Literal
+    lengths: 256 zeros as two runs (138 + 118), then length 1 for end-of-block; one distance code of length 1.
+    All 19 code length entries are sent although 18 would do: that makes the length odd.
+    """
+    lengths = [0] * 19
+    lengths[2] = lengths[17] = 1  # positions of the symbols 18 and 1 in RFC 1951's order (3.2.7)
+    head = ((0b100, 3), (0, 5), (0, 5), (15, 4), *((length, 3) for length in lengths))
+    runs = ((1, 1), (138 - 11, 7), (1, 1), (118 - 11, 7), (0, 1), (0, 1))
+    return (*head, *runs, (0, 1))
+
+
+def _prefix(shift: int) -> tuple[bytes, int]:
+    """Whole bytes of empty blocks, and the `shift` bits that follow them."""
+    value = bits = 0
+    parts = _dynamic_empty() if shift % 2 else ()
+    while True:
+        for number, width in parts:
+            value |= number << bits
+            bits += width
+        if bits % 8 == shift:
+            break
+        parts = _FIXED_EMPTY
+    raw = value.to_bytes(bits // 8 + 1, "little")
+    return raw[:-1], raw[-1]
+
+
+_PREFIXES = tuple(_prefix(shift) for shift in range(8))
+
+
+def enter_at(shift: int, first_byte: int) -> bytes:
+    """What to feed a raw inflater in place of the first byte, whose `shift` low bits belong to the block
+    before.
+
+    `shift` is 0..7. The bytes decode to nothing and leave the decoder at bit `shift` of `first_byte`.
+    """
+    whole, low_bits = _PREFIXES[shift]
+    return whole + bytes([low_bits | (first_byte & (0xFF << shift) & 0xFF)])
+
+
+@functools.cache
+def probes() -> tuple[bytes, bytes]:
+    """Two windows, (high, low), that tell which bytes of the true window a decoder copies.
+
+    Position p reads as the pair (p // 128, p // 128 + 1 + p % 128), in which the two are never equal, while a
+    byte that does not come from the window is the same in both. Made when first needed: only indexing does.
+    """
+    high = bytes(p >> 7 for p in range(WINDOW_BYTES))
+    return high, bytes(((p >> 7) + 1 + (p & 127)) & 0xFF for p in range(WINDOW_BYTES))
+
+
+@functools.cache
+def _positions() -> dict[int, int]:
+    """Pairs, as little-endian 16-bit numbers, to positions in the window."""
+    return {low << 8 | high: p for p, (high, low) in enumerate(zip(*probes(), strict=True))}
+
+
+def sparse_window(window: bytes, high: bytes, low: bytes) -> bytes:
+    """The window with every byte zeroed that the data behind the entry point never copies.
+
+    `high` and `low` are the first 32 KiB behind the entry point, decoded with the probes as windows. A
+    distance is at most 32 KiB, so later data cannot reach into the window directly; a copy of a copy keeps
+    the pair. Measured on a Debian layer: 3,200 of 32,768 bytes are used, the windows of a layer shrink to a
+    sixth after compression.
+    """
+    size = min(len(low), len(high))
+    pairs = bytearray(2 * size)
+    pairs[0::2] = high[:size]
+    pairs[1::2] = low[:size]
+    padding = WINDOW_BYTES - len(window)
+    sparse = bytearray(len(window))
+    positions = _positions()
+    for pair in set(memoryview(pairs).cast("H")):
+        position = positions.get(pair)
+        if position is not None:
+            if position < padding:
+                raise ImageError("gzip stream refers to data before its start")
+            sparse[position - padding] = window[position - padding]
+    return bytes(sparse)
+
+
+def gzip_header_bytes(data: bytes) -> int | None:
+    """Length of the gzip member header at the start of `data` (RFC 1952, 2.3), None if more bytes are needed.
+
+    Raises ImageError if it is no gzip header.
+    """
+    if data[:3] != b"\x1f\x8b\x08"[: len(data[:3])]:
+        raise ImageError("layer is not a gzip stream where one must begin")
+    if len(data) < 10:
+        return None
+    flags = data[3]
+    if flags & 0xE0:
+        raise ImageError("gzip header has reserved flags")
+    at = 10
+    if flags & 4:
+        if len(data) < at + 2:
+            return None
+        at += 2 + int.from_bytes(data[at : at + 2], "little")
+    for flag in (8, 16):  # file name, comment: up to a NUL
+        if flags & flag:
+            end = data.find(b"\0", at)
+            if end < 0:
+                if len(data) > 1 << 20:
+                    raise ImageError("gzip header is longer than 1 MiB")
+                return None
+            at = end + 1
+    if flags & 2:
+        at += 2
+    return at if at <= len(data) else None

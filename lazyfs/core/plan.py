@@ -1,0 +1,63 @@
+"""Which spans a read needs, and in which requests they are fetched. Decides; does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from lazyfs.core.blocks import BlockTable
+from lazyfs.core.spans import SpanTable
+
+# The largest single range request. Measured with httpx on loopback: throughput stops rising at 1 MiB, and a
+# larger request only delays the first block and loses more when it breaks.
+REQUEST_BYTES = 4 << 20
+
+
+def spans_for_block(table: BlockTable, spans: SpanTable, block: int) -> range:
+    """Numbers of the spans that hold block number `block`: one, or two neighbours (rarely more)."""
+    start = table.tar_offsets[block]
+    return spans.covering(start, start + table.lengths[block])
+
+
+def next_run(wanted: Set[int], spans: SpanTable, first: int) -> range:
+    """The run of neighbouring wanted spans around `first` that one request shall bring.
+
+    `wanted` holds the numbers of spans that are wanted and not in flight, among them `first`. A run is
+    extended forwards, then backwards, while its blob bytes stay within REQUEST_BYTES.
+    """
+    low = first
+    high = first + 1
+    start, end = spans[first].blob_start, spans[first].blob_end
+    while high in wanted and spans[high].blob_end - start <= REQUEST_BYTES:
+        end = spans[high].blob_end
+        high += 1
+    while low - 1 in wanted and end - spans[low - 1].blob_start <= REQUEST_BYTES:
+        low -= 1
+        start = spans[low].blob_start
+    return range(low, high)
+
+
+# Spans fetched ahead at most: 16 MiB of plain data, what four requests in flight bring.
+_MAX_AHEAD = 16
+
+
+class Readahead:
+    """Recognises demand that goes through a layer in order, and says how far to fetch ahead of it.
+
+    The distance grows with the length of the streak, so that what is fetched in vain never exceeds what was
+    wanted before.
+    """
+
+    def __init__(self) -> None:
+        self._end = -1  # of the demand before
+        self._ahead_end = -1  # of what was fetched ahead of it
+        self._streak = 0
+
+    def after(self, first: int, end: int) -> range:
+        """Spans [first, end) are demanded now; returns the spans to fetch with them."""
+        if self._end - 1 <= first <= self._ahead_end:
+            self._streak += max(0, end - self._end)
+        else:
+            self._streak = 0
+        self._end = end
+        self._ahead_end = end + min(_MAX_AHEAD, self._streak // 2)
+        return range(end, self._ahead_end)
