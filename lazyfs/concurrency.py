@@ -1,0 +1,62 @@
+"""Tasks that succeed or fail together, failing with one error instead of a group of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from lazyfs.errors import LazyfsError
+
+_T = TypeVar("_T")
+
+
+async def together(*tasks: Callable[[], Awaitable[object]], at_most: int | None = None) -> None:
+    """Runs all `tasks` at once (or `at_most` at a time). The first failure cancels the others and is raised
+    itself.
+
+    Several failures at the same moment: the first one is raised, the others are its context.
+    """
+    limiter = trio.CapacityLimiter(at_most) if at_most is not None else None
+
+    async def run(task: Callable[[], Awaitable[object]]) -> None:
+        if limiter is None:
+            await task()
+        else:
+            async with limiter:
+                await task()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for task in tasks:
+                nursery.start_soon(run, task)
+    except BaseExceptionGroup as group:
+        raise _first(group) from None
+
+
+async def beside(background: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[_T]]) -> _T:
+    """The result of `work`; meanwhile, and not longer, `background` runs. A failure of either is raised as
+    itself.
+    """
+    results: list[_T] = []
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(background)
+            results.append(await work())
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise _first(group) from None
+    return results[0]
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """A leaf of the group: one of our own errors if there is one, else a real one rather than a
+    cancellation.
+    """
+    known, _ = group.split(LazyfsError)
+    _, real = group.split(trio.Cancelled)
+    error: BaseException = known or real or group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,292 @@
+"""Reads the layers of an image once, in parallel, and makes its index; fills the block cache on the way if
+asked.
+
+Each layer is a pipeline of three tasks: download, inflate, and parse + hash; the last two run in worker
+threads (libz and hashlib let go of the GIL), so that one layer alone keeps two cores busy. No layer is kept
+on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.cache import BlockCache
+from lazyfs.concurrency import together
+from lazyfs.core.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder, pack_table
+from lazyfs.core.erofs import Device, write_erofs
+from lazyfs.core.index import LayerRecord, encode_index
+from lazyfs.core.oci import Descriptor, ImageConfig
+from lazyfs.core.spans import Compression, detect_compression, encode_spans
+from lazyfs.core.tar import Kind, TarData, TarEntry, TarReader
+from lazyfs.core.tree import LayerEntry, Node, flatten
+from lazyfs.errors import ImageError
+from lazyfs.fill import LayerFill
+from lazyfs.images import Resolved
+from lazyfs.inflate import layer_inflater
+
+_LAYERS_AT_ONCE = 3
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class LayerProgress:
+    """How far a layer is, in bytes of its blob; `tar_bytes` were decoded from them."""
+
+    digest: str
+    blob_bytes: int
+    done_bytes: int = 0
+    tar_bytes: int = 0
+
+
+@dataclass(slots=True)
+class LayerScan:
+    """All that is known of a layer after one pass."""
+
+    record: LayerRecord
+    entries: list[LayerEntry]
+    table: bytes
+    span_records: bytes
+    window_groups: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIndex:
+    """An index: the index blob, and the windows blob by groups."""
+
+    index: bytes
+    window_groups: dict[int, bytes]  # offset in the windows blob -> stored group, in order
+    tar_bytes: int
+
+    @property
+    def windows(self) -> bytes:
+        """The windows blob; empty if no layer needs windows."""
+        return b"".join(self.window_groups.values())
+
+
+class LayerScanner:
+    """Plain bytes of a layer -> entries with addresses, block table, DiffID. Synchronous; one thread at a
+    time.
+    """
+
+    def __init__(self, fill: LayerFill | None) -> None:
+        self.entries: list[LayerEntry] = []
+        self._fill = fill
+        self._reader = TarReader()
+        self._tables = BlockTableBuilder()
+        self._tar = hashlib.sha256()
+        self._tar_bytes = 0
+        self._segments: list[tuple[int, int, int]] = []  # what is left of the current file's data
+        self._address = 0
+        self._partial = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes of the uncompressed layer. Raises ImageError or HostError."""
+        self._tar.update(chunk)
+        self._tar_bytes += len(chunk)
+        for event in self._reader.feed(chunk):
+            if isinstance(event, TarData):
+                self._data(event.view)
+            else:
+                self._entry(event)
+
+    def _entry(self, entry: TarEntry) -> None:
+        self._segments = []
+        self._address = 0
+        if entry.kind is Kind.FILE and entry.size:
+            self._address = self._tables.place(entry.size)
+            self._segments = list(reversed(entry.segments))
+        self.entries.append(LayerEntry(entry, self._address))
+
+    def _data(self, view: memoryview) -> None:
+        """Cuts data into blocks; the part of a block that a chunk ends in waits in `_partial`."""
+        while view:
+            file_offset, tar_offset, length = self._segments[-1]
+            wanted = min(length, BLOCK_BYTES)
+            part = view[: wanted - len(self._partial)]
+            view = view[len(part) :]
+            content: memoryview | bytes = part
+            if len(self._partial) + len(part) < wanted or self._partial:
+                self._partial += part
+                if len(self._partial) < wanted:
+                    return
+                content = bytes(self._partial)
+                self._partial.clear()
+            address = self._address + file_offset
+            self._tables.add(address, tar_offset, wanted, hashlib.sha256(content).digest())
+            if self._fill is not None:
+                self._fill.add(address, content)
+            if length > wanted:
+                self._segments[-1] = (file_offset + wanted, tar_offset + wanted, length - wanted)
+            else:
+                self._segments.pop()
+
+    def finish(self) -> tuple[bytes, int, str]:
+        """The block table, the tar's length, and its DiffID."""
+        self._reader.finish()
+        return self._tables.finish(self._tar_bytes), self._tar_bytes, "sha256:" + self._tar.hexdigest()
+
+
+async def build_index(
+    resolved: Resolved,
+    config: ImageConfig,
+    cache: BlockCache | None,
+    on_progress: Callable[[LayerProgress], None] = lambda progress: None,
+) -> BuiltIndex:
+    """Streams all layers of an image and returns its index; with `cache`, all blocks are in there afterwards.
+
+    A layer that occurs twice is read once. Raises ImageError (also when a layer is not the one the config's
+    DiffIDs name) and RemoteError; then nothing is left behind but whole layers in the cache.
+    """
+    layers = resolved.manifest.layers
+    if len(config.diff_ids) != len(layers):
+        raise ImageError("the image config names another number of layers than the manifest")
+    expected: dict[str, str] = {}
+    for layer, diff_id in zip(layers, config.diff_ids, strict=True):
+        if expected.setdefault(layer.digest, diff_id) != diff_id:
+            raise ImageError(f"the image config gives two DiffIDs for layer {layer.digest}")
+    scans: dict[str, LayerScan] = {}
+
+    async def scan(layer: Descriptor) -> None:
+        scans[layer.digest] = await _scan_layer(resolved, layer, expected[layer.digest], cache, on_progress)
+
+    distinct = {layer.digest: layer for layer in layers}.values()
+    await together(*(functools.partial(scan, layer) for layer in distinct), at_most=_LAYERS_AT_ONCE)
+    ordered = [scans[layer.digest] for layer in layers]
+    return await trio.to_thread.run_sync(_assemble, resolved.manifest_digest, ordered)
+
+
+async def _scan_layer(
+    resolved: Resolved,
+    layer: Descriptor,
+    diff_id: str,
+    cache: BlockCache | None,
+    on_progress: Callable[[LayerProgress], None],
+) -> LayerScan:
+    fill = await trio.to_thread.run_sync(LayerFill, cache) if cache is not None else None
+    try:
+        scanner = LayerScanner(fill)
+        progress = LayerProgress(layer.digest, layer.size_bytes)
+        plain_in, plain_out = trio.open_memory_channel[bytes](2)
+        blob_in, blob_out = trio.open_memory_channel[bytes](2)
+        pieces: list[_Inflated] = []
+
+        async def download() -> None:
+            with blob_in:
+                async with resolved.source.blob_stream(layer.digest, layer.size_bytes) as chunks:
+                    buffer = bytearray()
+                    async for chunk in chunks:
+                        progress.done_bytes += len(chunk)
+                        on_progress(progress)
+                        buffer += chunk
+                        if len(buffer) >= _CHUNK_BYTES:
+                            await blob_in.send(bytes(buffer))
+                            buffer.clear()
+                if buffer:
+                    await blob_in.send(bytes(buffer))
+
+        async def inflate() -> None:
+            with plain_in, blob_out:  # not `async with`: a checkpoint there would let followers fail first
+                inflater = None
+                async for chunk in blob_out:
+                    if inflater is None:
+                        compression = detect_compression(chunk[:4])
+                        inflater = layer_inflater(compression)
+                    decoded = inflater.feed(chunk)
+                    while (plain := await trio.to_thread.run_sync(next, decoded, None)) is not None:
+                        await plain_in.send(plain)
+                if inflater is None:
+                    raise ImageError(f"layer {layer.digest} is empty")
+                await trio.to_thread.run_sync(list, inflater.finish())
+                pieces.append(_Inflated(compression, encode_spans(inflater.starts), inflater.window_groups))
+
+        async def parse() -> None:
+            with plain_out:
+                async for plain in plain_out:
+                    await trio.to_thread.run_sync(scanner.feed, plain)
+                    progress.tar_bytes += len(plain)
+                    on_progress(progress)
+
+        await together(download, inflate, parse)
+        return await trio.to_thread.run_sync(_finish_layer, scanner, fill, layer, diff_id, pieces[0])
+    finally:
+        if fill is not None:
+            fill.discard()
+
+
+@dataclass(frozen=True, slots=True)
+class _Inflated:
+    compression: Compression
+    span_records: bytes
+    window_groups: list[bytes]
+
+
+def _finish_layer(
+    scanner: LayerScanner, fill: LayerFill | None, layer: Descriptor, diff_id: str, inflated: _Inflated
+) -> LayerScan:
+    table, tar_bytes, found = scanner.finish()
+    if found != diff_id:
+        raise ImageError(
+            f"layer {layer.digest} decodes to {found}, but the image config says {diff_id}",
+            "the image is broken: build or push it again",
+        )
+    content_root = hashlib.sha256(table).hexdigest()
+    if fill is not None:
+        fill.publish(content_root, table)
+    record = LayerRecord(
+        layer.digest, layer.size_bytes, diff_id, inflated.compression, tar_bytes, content_root, ()
+    )
+    return LayerScan(record, scanner.entries, table, inflated.span_records, inflated.window_groups)
+
+
+def _assemble(manifest_digest: str, scans: list[LayerScan]) -> BuiltIndex:
+    """Flattens the layers, writes the namespace, lays out the windows blob."""
+    root = flatten([scan.entries for scan in scans])
+    namespace = write_erofs(root, _devices(root, scans))
+    groups: dict[int, bytes] = {}
+    records = []
+    at = 0
+    for scan in scans:
+        places = []
+        for group in scan.window_groups:
+            groups[at] = group
+            places.append((at, len(group)))
+            at += len(group)
+        records.append(dataclasses.replace(scan.record, window_groups=tuple(places)))
+    index = encode_index(
+        manifest_digest,
+        namespace,
+        records,
+        [pack_table(scan.table) for scan in scans],
+        [scan.span_records for scan in scans],
+    )
+    return BuiltIndex(index, groups, sum(scan.record.tar_bytes for scan in scans))
+
+
+def _devices(root: Node, scans: list[LayerScan]) -> list[Device]:
+    """The device table: one device for each content root that a file lies in. Renumbers `Node.layer`
+    to it.
+    """
+    numbers: dict[str, int] = {}
+    devices: list[Device] = []
+    done: set[int] = set()
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if id(node) in done:
+            continue
+        done.add(id(node))
+        nodes.extend((node.children or {}).values())
+        if node.kind is Kind.FILE and node.size:
+            scan = scans[node.layer]
+            content_root = scan.record.content_root
+            if content_root not in numbers:
+                numbers[content_root] = len(devices)
+                devices.append(Device(content_root.encode(), BlockTable(scan.table).device_bytes))
+            node.layer = numbers[content_root]
+    return devices
