@@ -1,0 +1,99 @@
+"""Drives the installed `lazyfs` command as a user does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.host import run
+
+PROGRAM = Path(sys.executable).with_name("lazyfs")
+# A daemon ends by itself some seconds after its last mount is gone.
+DAEMON_END_DEADLINE_S = 60.0
+
+
+class Lazyfs:
+    """The command with one cache directory, given by the same option everywhere."""
+
+    def __init__(self, cache: Path, backend: str = "kernel") -> None:
+        self.cache = cache
+        self.backend = backend
+        cache.mkdir(mode=0o700, exist_ok=True)
+
+    def options(self, *more: str) -> str:
+        return ",".join([f"cache={self.cache}", f"backend={self.backend}", *more])
+
+    def mount(self, image: str, target: Path, *options: str) -> float:
+        """Seconds from the command to a root whose directory can be read."""
+        target.mkdir(exist_ok=True)
+        started = time.perf_counter()
+        run(PROGRAM, "mount", "-o", self.options(*options), image, target)
+        os.listdir(target)
+        return time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def mounted(self, image: str, target: Path, *options: str) -> Iterator[Path]:
+        self.mount(image, target, *options)
+        try:
+            yield target
+        finally:
+            self.umount(target)
+
+    def umount(self, target: Path) -> None:
+        run(PROGRAM, "umount", target)
+
+    def stats(self, target: Path) -> dict[str, Any]:
+        """The daemon's counters: bytes_fetched, requests, memory_bytes and so on."""
+        counters: dict[str, Any] = json.loads(run(PROGRAM, "stats", "--json", target))
+        return counters
+
+    def run_container(self, image: str, *command: str) -> str:
+        """Standard output of a command in a new container that is removed afterwards."""
+        return run(PROGRAM, "run", "--rm", "-o", self.options(), image, *command)
+
+    def daemons(self) -> dict[int, str]:
+        """The processes that serve this cache, with their command lines."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit():
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    if os.fsencode(self.cache) in words and any(w.startswith(b"lazyfs.") for w in words):
+                        found[int(entry.name)] = b" ".join(words).decode(errors="replace").strip()
+        return found
+
+    def wait_until_ended(self) -> None:
+        """Wait until the cache has no daemon, as it ends after the last mount."""
+        deadline = time.monotonic() + DAEMON_END_DEADLINE_S
+        while running := self.daemons():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"still running long after the last umount: {running}")
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(next(iter(running)))
+                select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+                os.close(descriptor)
+
+    def memory_bytes(self) -> int:
+        """Memory of all processes that serve this cache: proportional set size (proc(5), smaps_rollup)."""
+        total = 0
+        for pid in self.daemons():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
+                        total += int(line.split()[1]) * 1024
+        return total
+
+
+def index(image: str, cache: Path) -> float:
+    """Seconds to build the index of an image from its registry and attach it there. The command keeps a copy
+    in `cache`, which should not be one that a mount is measured with."""
+    started = time.perf_counter()
+    run(PROGRAM, "index", "-o", f"cache={cache}", image, "--push")
+    return time.perf_counter() - started

@@ -1,0 +1,239 @@
+"""The measures of the table. Each yields results; sides alternate in one run, so that drift hits both."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import command, containers, host
+from benchmarks.command import Lazyfs
+from benchmarks.containers import PYTHON_START, ext4_copy, lazy_bundle, overlay, plain_bundle
+from benchmarks.image import LARGE_FILE_NAME, BenchmarkImage
+from benchmarks.record import Result, ratio, seconds
+from tests.servers import FaultProxy
+
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and what to measure: references in the local registry, and both sides' directories."""
+
+    directory: Path
+    repetitions: int
+    indexed: str  # the interpreters' image with its index attached
+    plain: str  # the same image in another repository, without
+    large: str  # the image of one large file, indexed
+    interpreters: BenchmarkImage
+    large_file: BenchmarkImage
+
+    def fresh(self, name: str) -> Path:
+        """A path that does not exist yet."""
+        return self.directory / f"{name}-{next(_serial)}"
+
+
+@contextlib.contextmanager
+def cold(place: Place, backend: str) -> Iterator[Lazyfs]:
+    """lazyfs with an empty cache and no daemon; both are gone afterwards."""
+    lazyfs = Lazyfs(place.fresh("cache"), backend)
+    try:
+        yield lazyfs
+    finally:
+        lazyfs.wait_until_ended()
+        shutil.rmtree(lazyfs.cache)
+
+
+def mounting(place: Place, backend: str) -> Iterator[Result]:
+    """`lazyfs mount` with an empty cache, with and without an index, against `ctr image pull`."""
+    with host.Containerd(place.fresh("containerd")) as containerd:
+
+        def pairs(reference: str, drop: bool) -> tuple[list[float], list[float]]:
+            ours, theirs = [], []
+            for _ in range(place.repetitions):
+                with cold(place, backend) as lazyfs:
+                    if drop:
+                        host.drop_page_cache()
+                    target = place.fresh("root")
+                    ours.append(lazyfs.mount(reference, target))
+                    lazyfs.umount(target)
+                if drop:
+                    host.drop_page_cache()
+                theirs.append(containerd.pull(reference))
+            return ours, theirs
+
+        ours, theirs = pairs(place.indexed, drop=False)
+        times = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        shown = f"{seconds(ours)} (pull {seconds(theirs)})"
+        median = statistics.median(ours)
+        yield Result(
+            "mount", "`lazyfs mount`, indexed, cache empty", "0.5 s", backend, median, 0.5, shown, ours=ours
+        )
+        yield Result(
+            "mount-pull", "the same against `ctr image pull`", "20x faster", backend, times, 20.0,
+            f"{times:.0f}x", smaller_is_better=False, unit="x", ours=ours, theirs=theirs,
+        )  # fmt: skip
+        ours, theirs = pairs(place.indexed, drop=True)
+        title = "the same with a cold page cache, programs too, against the pull"
+        yield ratio("mount-cold", title, backend, ours, theirs, 1 / 20, "", informative=True)
+        ours, theirs = pairs(place.plain, drop=False)
+        title = "first mount without an index, against pull and unpack"
+        yield ratio("mount-plain", title, backend, ours, theirs, 1.0, "faster")
+
+
+def first_start(place: Place, backend: str) -> Iterator[Result]:
+    """The first container of an indexed image, from an empty cache: `lazyfs run` alone, its mount included.
+
+    Bytes are counted by a proxy before the registry, index and manifests too; times are taken without it.
+    """
+    host_name, _, name = place.indexed.partition("/")
+    parts, times = [], []
+    for _ in range(place.repetitions):
+        with cold(place, backend) as lazyfs, FaultProxy(host_name) as proxy:
+            lazyfs.run_container(f"{proxy.host}/{name}", *PYTHON_START)
+            parts.append(proxy.bytes_sent() / place.interpreters.compressed_bytes)
+        with cold(place, backend) as lazyfs:
+            started = host.now()
+            lazyfs.run_container(place.indexed, *PYTHON_START)
+            times.append(host.now() - started)
+    share = statistics.median(parts)
+    shown = f"{share:.1%}, {seconds(times)}"
+    title = "python3 start with imports by `lazyfs run`, cache empty: bytes fetched"
+    yield Result(
+        "fetched", title, "below 10 %", backend, share, 0.1, shown, unit="of the compressed image", ours=parts
+    )
+
+
+def starts(place: Place, backend: str) -> Iterator[Result]:
+    """Container starts with a warm block cache, against runc on an ext4 copy and on overlayfs over it."""
+    copy = ext4_copy(place.interpreters.root_tar, place.fresh("copy"))
+    with contextlib.ExitStack() as stack:
+        lazyfs = stack.enter_context(cold(place, backend))
+        first = stack.enter_context(lazy_bundle(lazyfs, place.indexed, place.fresh("bundle")))
+        second = stack.enter_context(lazy_bundle(lazyfs, place.indexed, place.fresh("bundle")))
+        on_ext4 = plain_bundle(first, place.fresh("bundle"), copy)
+        layered = stack.enter_context(overlay(copy, place.fresh("overlay")))
+        on_overlay = plain_bundle(first, place.fresh("bundle"), layered)
+        containers.start(first)  # fills the block cache
+
+        def whole() -> float:
+            started = host.now()
+            lazyfs.run_container(place.indexed, *PYTHON_START)
+            return host.now() - started
+
+        def mounted_overlay() -> float:
+            started = host.now()
+            with overlay(copy, place.fresh("overlay")) as root:
+                bundle = plain_bundle(first, place.fresh("bundle"), root)
+                containers.start(bundle)
+            return host.now() - started
+
+        ours, theirs = alternate(
+            place.repetitions, lambda: containers.start(first), lambda: containers.start(on_ext4)
+        )
+        title = "the same, block cache warm, page cache cold, against an ext4 copy (runc on both)"
+        yield ratio("start-cold", title, backend, ours, theirs, 1.3, "1.3x")
+        ours, theirs = alternate(place.repetitions, whole, lambda: containers.start(on_ext4))
+        title = "the same by `lazyfs run`, its own start and mount included"
+        yield ratio("run-cold", title, backend, ours, theirs, 1.3, "", informative=True)
+        containers.start(on_overlay)
+        ours, theirs = alternate(
+            3 * place.repetitions,
+            lambda: containers.start(second),
+            lambda: containers.start(on_overlay),
+            drop=False,
+        )
+        title = "second container of the image, warm, against overlayfs on ext4 (runc on both)"
+        yield ratio("start-warm", title, backend, ours, theirs, 1.05, "1.05x")
+        ours, theirs = alternate(2 * place.repetitions, whole, mounted_overlay, drop=False)
+        title = "the same by `lazyfs run`, against mount, runc and umount"
+        yield ratio("run-warm", title, backend, ours, theirs, 1.05, "", informative=True)
+    shutil.rmtree(copy)
+
+
+def tree(place: Place, backend: str) -> Iterator[Result]:
+    """Walks and reads of the whole tree, its blocks cached, against ext4; then the daemon's memory."""
+    copy = ext4_copy(place.interpreters.root_tar, place.fresh("copy"))
+    with cold(place, backend) as lazyfs, lazyfs.mounted(place.indexed, place.fresh("root")) as target:
+        read_all(target)
+
+        def pair(job: Callable[[Path], float], drop: bool) -> tuple[list[float], list[float]]:
+            return alternate(place.repetitions, lambda: job(target), lambda: job(copy), drop=drop)
+
+        ours, theirs = pair(lambda root: host.timed("find", root, "-xdev"), drop=True)
+        yield ratio("find", "`find`, page cache cold, against ext4", backend, ours, theirs, 1.0, "as fast")
+        ours, theirs = pair(lambda root: host.timed("find", root, "-xdev", "-printf", "%s\n"), drop=True)
+        yield ratio("stat", "`stat` of all files, cold, against ext4", backend, ours, theirs, 1.0, "as fast")
+        ours, theirs = pair(read_all, drop=True)
+        title = "read of all files, block cache warm, page cache cold, against ext4"
+        yield ratio("read-cold", title, backend, ours, theirs, 1.0, "", informative=True)
+        read_all(target)
+        read_all(copy)
+        ours, theirs = pair(read_all, drop=False)
+        yield ratio("read", "read of all files, warm, against ext4", backend, ours, theirs, 1.1, "1.1x")
+        claimed, used = int(lazyfs.stats(target).get("memory_bytes", 0)), lazyfs.memory_bytes()
+        larger = max(claimed, used) / 1e6
+        shown = f"{larger:.0f} MB"
+        title = "memory after reading everything: the daemon's claim or all its processes, the larger"
+        yield Result("memory", title, "below 80 MB", backend, larger, 80, shown, unit="MB", ours=[larger])
+    shutil.rmtree(copy)
+
+
+def sequential(place: Place, backend: str) -> Iterator[Result]:
+    """A cached file of 500 MB read in order with a cold page cache, against ext4."""
+    copy = ext4_copy(place.large_file.root_tar, place.fresh("copy"))
+    with cold(place, backend) as lazyfs, lazyfs.mounted(place.large, place.fresh("root")) as target:
+
+        def read(root: Path) -> float:
+            return host.timed("dd", f"if={root / LARGE_FILE_NAME}", "of=/dev/null", "bs=1M", "status=none")
+
+        read(target)
+        ours, theirs = alternate(place.repetitions, lambda: read(target), lambda: read(copy))
+    value = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    size = place.large_file.tar_bytes / 1e9
+    rates = [size / statistics.median(side) for side in (ours, theirs)]
+    shown = f"{value:.2f}x ({rates[0]:.2f} / {rates[1]:.2f} GB/s)"
+    yield Result(
+        "sequential", "sequential read of a cached 500 MB file, page cache cold, against ext4",
+        "0.85x of its throughput", backend, value, 0.85, shown,
+        smaller_is_better=False, ours=ours, theirs=theirs,
+    )  # fmt: skip
+    shutil.rmtree(copy)
+
+
+def indexing(place: Place, index_bytes: Callable[[str], int]) -> Iterator[Result]:
+    """Time and size of `lazyfs index --push`; the same for both backends."""
+    times = [command.index(place.indexed, place.fresh("index")) for _ in range(place.repetitions)]
+    share = index_bytes(place.indexed) / place.interpreters.compressed_bytes
+    rate = place.interpreters.tar_bytes / 1e6 / statistics.median(times)
+    yield Result(
+        "index-size", "index size", "1 % of the compressed image", "kernel", share, 0.01, f"{share:.2%}",
+        unit="of the compressed image", ours=[share],
+    )  # fmt: skip
+    yield Result(
+        "index-speed", "index building, the whole command", "100 MB/s of tar", "kernel", rate, 100,
+        f"{rate:.0f} MB/s", smaller_is_better=False, ours=times,
+    )  # fmt: skip
+
+
+def read_all(root: Path) -> float:
+    """Seconds to read every regular file of a tree."""
+    return host.timed("sh", "-c", 'exec find "$1" -xdev -type f -exec cat {} + >/dev/null', "sh", root)
+
+
+def alternate(
+    repetitions: int, ours: Callable[[], float], theirs: Callable[[], float], drop: bool = True
+) -> tuple[list[float], list[float]]:
+    """Samples of both sides in turn, each with a cold page cache if `drop`."""
+    samples: tuple[list[float], list[float]] = ([], [])
+    for number in range(repetitions):
+        sides = [(samples[0], ours), (samples[1], theirs)]
+        for collected, side in sides if number % 2 == 0 else reversed(sides):
+            if drop:
+                host.drop_page_cache()
+            collected.append(side())
+    return samples

@@ -1,0 +1,165 @@
+"""Who a container's process is: an image's `User` resolved with the image's own passwd and group files.
+
+Pure: the two files come as bytes from the caller, who reads them inside the image. The host's accounts are
+never asked (a host NSS module would run with the host's rights on the image's word, CVE-2019-14271).
+Formats: passwd(5), group(5). Rules: OCI image-spec conversion.md, "Config.User".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lazyfs.errors import ImageError
+
+MAX_ACCOUNT_FILE_BYTES = 1 << 20
+"""An account file over this is refused, not read (memory exhaustion, CVE-2026-47262). Debian's: 1 KiB."""
+
+MAX_ID = 2**31 - 1
+"""Larger ids wrap to 0 in runtimes that keep them in 32 bits with a sign (CVE-2024-40635)."""
+
+MAX_ADDITIONAL_GROUPS = 65536
+"""NGROUPS_MAX, setgroups(2)."""
+
+_DECIMAL = re.compile(r"[0-9]+\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The ids of a container's process, as the container sees them, and its home directory."""
+
+    uid: int = 0
+    gid: int = 0
+    additional_gids: tuple[int, ...] = ()
+    home: str = "/"
+
+
+def resolve_user(user: str, passwd_bytes: bytes, group_bytes: bytes) -> Account:
+    """Turn `user` (``""``, ``name``, ``uid``, each with an optional ``:group`` or ``:gid``) into ids.
+
+    Numbers are taken verbatim. A number without a group gets the primary group passwd gives it, else 0.
+    Supplementary groups are added only for a name without a group. ``""`` is uid 0, gid 0.
+    Absent files are given as ``b""``.
+
+    Raises ImageError: an unknown name, an id that is out of range, a malformed `user`, an oversized file.
+    """
+    for file, content in (("passwd", passwd_bytes), ("group", group_bytes)):
+        if len(content) > MAX_ACCOUNT_FILE_BYTES:
+            raise ImageError(
+                f"the image's /etc/{file} is larger than {MAX_ACCOUNT_FILE_BYTES} bytes",
+                "the image is damaged",
+            )
+    if user.count(":") > 1 or "\0" in user or "\n" in user or not _is_text(user):
+        raise ImageError(f"the user {user[:80]!r} is malformed", "give it as USER[:GROUP]")
+    who, _, group = user.partition(":")
+    home = "/"
+    gid = 0
+    name = b""
+    if not who or _DECIMAL.match(who):
+        uid = _checked_id(who or "0", "user")
+        known = _passwd_entry(passwd_bytes, uid=uid)
+        if known is not None:
+            _, gid, home = known
+            if not who:
+                gid = 0
+    else:
+        name = who.encode()
+        known = _passwd_entry(passwd_bytes, name=name)
+        if known is None:
+            raise ImageError(
+                f"the image has no user {who[:80]!r} in its /etc/passwd",
+                "choose another one, or a number, with --user",
+            )
+        uid, gid, home = known
+    if group:
+        return Account(uid, _group_id(group_bytes, group), (), home)
+    return Account(uid, gid, _memberships(group_bytes, name, gid) if name else (), home)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: JSON allows lone surrogates."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in value)
+
+
+def _checked_id(digits: str, what: str) -> int:
+    # the length is looked at first: int() of a very long string is slow or refused
+    if len(digits.lstrip("0")) > 10 or int(digits) > MAX_ID:
+        raise ImageError(
+            f"the {what} id {digits[:20]} is larger than {MAX_ID}", "choose another one with --user"
+        )
+    return int(digits)
+
+
+def _fields(content: bytes, count: int) -> Iterator[list[bytes]]:
+    """The colon-separated lines that have at least `count` fields; comments and others are passed over."""
+    for line in content.split(b"\n"):
+        if line.startswith(b"#"):
+            continue
+        fields = line.split(b":")
+        if len(fields) >= count:
+            yield fields
+
+
+def _number(field: bytes) -> int | None:
+    text = field.decode("ascii", "replace")
+    if not _DECIMAL.match(text) or len(text) > 10:
+        return None
+    return int(text)
+
+
+def _passwd_entry(content: bytes, *, name: bytes = b"", uid: int = -1) -> tuple[int, int, str] | None:
+    """uid, gid and home of the first entry with this name (or this uid)."""
+    for fields in _fields(content, 6):
+        entry_uid = _number(fields[2])
+        if (fields[0] != name) if name else (entry_uid != uid):
+            continue
+        entry_gid = _number(fields[3])
+        if entry_uid is None or entry_gid is None or max(entry_uid, entry_gid) > MAX_ID:
+            raise ImageError(
+                f"the image's /etc/passwd has no usable numbers for {(name or fields[0])[:80]!r}",
+                "choose numbers with --user UID:GID",
+            )
+        return entry_uid, entry_gid, _home(fields[5])
+    return None
+
+
+def _home(field: bytes) -> str:
+    try:
+        home = field.decode("utf-8")
+    except UnicodeDecodeError:
+        return "/"
+    return home if home.startswith("/") and "\0" not in home else "/"
+
+
+def _group_id(content: bytes, group: str) -> int:
+    if _DECIMAL.match(group):
+        return _checked_id(group, "group")
+    wanted = group.encode()
+    for fields in _fields(content, 3):
+        if fields[0] == wanted:
+            gid = _number(fields[2])
+            if gid is None or gid > MAX_ID:
+                raise ImageError(
+                    f"the image's /etc/group has no usable number for {group[:80]!r}",
+                    "choose a number with --user",
+                )
+            return gid
+    raise ImageError(
+        f"the image has no group {group[:80]!r} in its /etc/group",
+        "choose another one, or a number, with --user",
+    )
+
+
+def _memberships(content: bytes, name: bytes, primary_gid: int) -> tuple[int, ...]:
+    gids: dict[int, None] = {}
+    for fields in _fields(content, 4):
+        gid = _number(fields[2])
+        if gid is None or gid > MAX_ID or gid == primary_gid or name not in fields[3].split(b","):
+            continue
+        gids[gid] = None
+    if len(gids) > MAX_ADDITIONAL_GROUPS:
+        raise ImageError(
+            f"the image's /etc/group puts its user into more than {MAX_ADDITIONAL_GROUPS} groups"
+        )
+    return tuple(gids)

@@ -1,0 +1,198 @@
+"""Starts the processes behind mounts: the keeper (with its daemon) of a cache, and one fusemount per mount.
+
+Both outlive the command that starts them: own session, working directory "/", output to daemon.log.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from lazyfs import paths
+from lazyfs.control import Connection, DaemonGone
+from lazyfs.errors import HostError
+
+if TYPE_CHECKING:
+    import subprocess
+
+START_DEADLINE_S = 20.0  # starting Python and binding a socket takes 0.1 s; a loaded host may need longer
+
+
+class StartError(HostError):
+    """A process of lazyfs did not start, or ended at once."""
+
+
+MAX_LOG_BYTES = 8 * 1024 * 1024  # above that the old log is put aside when a process starts
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """``python -P -m module``: -P, so that nothing in the current directory is imported."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The caller's, with this package importable also when it runs from a source tree."""
+    environment = dict(os.environ)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.basename(root) not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [root, *(p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and p != root)]
+        )
+    return environment
+
+
+def _spawn(command: list[str], log: str, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    import subprocess  # 11 ms, and most mounts find the daemon running
+
+    try:
+        if os.path.getsize(log) > MAX_LOG_BYTES:
+            os.replace(log, log + ".old")
+    except OSError:
+        pass  # no log yet
+    try:
+        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"cannot write {log}: {error.strerror}", "check the disk and the directory's rights"
+        ) from None
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log_fd,
+            stderr=log_fd,
+            cwd="/",
+            env=environment(),
+            start_new_session=True,
+            pass_fds=pass_fds,
+            umask=0o077,
+        )
+    except OSError as error:
+        raise HostError(
+            f"cannot start {command[0]}: {error.strerror}", "check memory and process limits"
+        ) from None
+    finally:
+        os.close(log_fd)
+
+
+def last_words(log: str) -> str:
+    """The last line of a log, for an error message; empty if there is none."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.path.getsize(log) - 4096))
+            lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1].strip()[:300] if lines else ""
+
+
+def service_manager_prefix(runtime: str, membership: str = "/proc/self/cgroup") -> list[str]:
+    """Started by a systemd mount unit (fstab), the daemon would live in that unit's control group and be
+    killed when *that* mount is unmounted, under all others. There it gets a unit of its own: the command
+    line to put before the daemon's. `membership`: cgroups(7), /proc/PID/cgroup."""
+    try:
+        with open(membership, encoding="ascii", errors="replace") as file:
+            in_mount_unit = any(line.rstrip().endswith(".mount") for line in file)
+    except OSError:
+        return []
+    if not in_mount_unit or os.geteuid() != 0:
+        return []
+    from shutil import which
+
+    runner = which("systemd-run", path="/usr/bin:/bin")
+    if runner is None:
+        return []
+    # --scope runs the command as our child, with our output, in a control group of its own.
+    unit = f"--unit=lazyfs-{os.path.basename(runtime)}-{os.getpid()}"
+    return [runner, "--quiet", "--collect", "--scope", unit, "--property=DefaultDependencies=no", "--"]
+
+
+def leave_running(process: subprocess.Popen[bytes]) -> None:
+    """It lives on without us; this keeps subprocess from complaining about that."""
+    process.returncode = 0
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that is of no use any more, by force if it does not obey."""
+    import subprocess
+
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def connect_or_start(cache: str, runtime: str) -> Connection:
+    """A connection to the daemon of `cache`, which is started if nobody listens. Raises HostError."""
+    path = paths.control_socket(runtime)
+    try:
+        return Connection.open(path)
+    except DaemonGone:
+        pass
+    log = paths.log_file(runtime)
+    command = python_command("lazyfs.keeper", "--cache", cache, "--runtime", runtime)
+    prefix = service_manager_prefix(runtime)
+    deadline = time.monotonic() + START_DEADLINE_S
+    keeper = _spawn(prefix + command, log)
+    pause_s = 0.002
+    while time.monotonic() < deadline:
+        try:
+            connection = Connection.open(path)
+        except DaemonGone:
+            pass
+        else:
+            leave_running(keeper)
+            return connection
+        status = keeper.poll()
+        if status and prefix:  # the service manager cannot: better a daemon in this control group than none
+            prefix = []
+            keeper = _spawn(command, log)
+        elif status:
+            raise StartError(
+                f"the daemon did not start: {last_words(log) or f'exit code {status}'}", f"see {log}"
+            )
+        elif status == 0:
+            # Another keeper holds the lock: it is about to listen, or just ending. In the second case the
+            # lock is free in a moment.
+            time.sleep(0.05)
+            keeper = _spawn(prefix + command, log)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 0.05)
+    end(keeper)
+    raise StartError(f"the daemon does not listen at {path} after {START_DEADLINE_S:g} s", f"see {log}")
+
+
+def start_fusemount(
+    cache: str, runtime: str, image: str, target: str
+) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """A ``lazyfs.fusemount`` process that waits for its "fuse_mount" request on the connection returned.
+    Image and target are on its command line for ps only. It ends by itself when we close the connection
+    without having reported the mount as attached. Raises HostError."""
+    ours, theirs = socket.socketpair()
+    try:
+        command = python_command(
+            "lazyfs.fusemount",
+            *(
+                "--cache",
+                cache,
+                "--runtime",
+                runtime,
+                "--status-fd",
+                str(theirs.fileno()),
+                "--",
+                image,
+                target,
+            ),
+        )
+        process = _spawn(command, paths.log_file(runtime), (theirs.fileno(),))
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Connection(ours), process

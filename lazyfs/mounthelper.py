@@ -1,0 +1,131 @@
+"""``/sbin/mount.lazyfs`` and ``/sbin/mount.fuse.lazyfs``: what mount(8) calls for ``-t lazyfs`` and fstab.
+
+    mount.lazyfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE.SUBTYPE]
+
+mount(8), "EXTERNAL HELPERS" gives the arguments, "EXIT STATUS" the codes: 0 success, 1 wrong invocation or
+permissions, 2 system error, 8 user interrupt, 32 mount failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lazyfs import mounts, options
+from lazyfs.errors import LazyfsError, UserError
+
+USAGE = "mount.lazyfs IMAGE DIRECTORY [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]"
+
+
+class Invocation(NamedTuple):
+    image: str
+    target: str
+    options: options.MountOptions
+    fake: bool  # -f: everything but the mount
+    verbose: bool
+    namespace: str | None
+
+
+def parse(arguments: Sequence[str], program: str = "mount.lazyfs") -> Invocation:
+    """The helper's command line, by hand: argparse would refuse values that begin with "-". Options may stand
+    anywhere. Raises UserError."""
+    words: list[str] = []
+    texts: list[str] = []
+    flags: set[str] = set()
+    namespace = None
+    kind = ""
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            words += rest
+            break
+        if not word.startswith("-") or word == "-":
+            words.append(word)
+            continue
+        letters = word[1:]
+        while letters:
+            letter, letters = letters[0], letters[1:]
+            if letter in "sfnv":
+                flags.add(letter)
+            elif letter in "oNt":
+                if not letters and not rest:
+                    raise UserError(f"option -{letter} needs a value", USAGE)
+                value = letters or rest.pop(0)
+                letters = ""
+                if letter == "o":
+                    texts.append(value)
+                elif letter == "N":
+                    namespace = value
+                else:
+                    kind = value
+            else:
+                raise UserError(f"unknown option -{letter}", USAGE)
+    if len(words) != 2:
+        raise UserError("an image and a directory are needed", USAGE)
+    by_fuse = "fuse.lazyfs" in (kind, os.path.basename(program).removeprefix("mount."))
+    base = options.MountOptions(backend="fuse" if by_fuse else "auto")
+    return Invocation(
+        words[0],
+        words[1],
+        options.parse(texts, base, sloppy="s" in flags),
+        "f" in flags,
+        "v" in flags,
+        namespace,
+    )
+
+
+def run(arguments: Sequence[str], program: str = "mount.lazyfs") -> int:
+    try:
+        invocation = parse(arguments, program)
+        if invocation.fake:
+            from lazyfs.core.reference import parse_reference
+
+            parse_reference(mounts.absolute_reference(invocation.image))
+            mounts.choose_backend(invocation.options, invocation.namespace)
+            if invocation.namespace is None:
+                mounts.check_target(invocation.target)
+            return 0
+        if invocation.options.foreground:
+            from lazyfs.foreground import hold
+
+            hold(lambda: _mount(invocation))
+        else:
+            _mount(invocation)
+        return 0
+    except LazyfsError as error:
+        print(f"{os.path.basename(program)}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 8
+    except OSError as error:
+        print(f"{os.path.basename(program)}: {error}", file=sys.stderr)
+        return 2
+
+
+def _mount(invocation: Invocation) -> mounts.Mounted:
+    mounted = mounts.mount(
+        invocation.image,
+        invocation.target,
+        invocation.options,
+        namespace=invocation.namespace,
+        on_progress=_say if invocation.verbose else None,
+    )
+    if invocation.verbose:
+        _say(f"{mounted.image} mounted on {mounted.target} by backend={mounted.backend}")
+    return mounted
+
+
+def _say(text: str) -> None:
+    print(f"lazyfs: {text}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of both helpers: the name they are called by tells them apart."""
+    sys.exit(run(sys.argv[1:], sys.argv[0]))
+
+
+if __name__ == "__main__":
+    main()

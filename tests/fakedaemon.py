@@ -1,0 +1,176 @@
+"""A stand-in for lazyfs.keeper and lazyfs.fusemount: a real process that speaks the control protocol.
+
+    fakedaemon.py lazyfs.keeper --cache DIR --runtime DIR
+    fakedaemon.py lazyfs.fusemount --cache DIR --runtime DIR --status-fd N -- IMAGE TARGET
+
+It hands out mounts of the EROFS image CACHE/indexes/fake/namespace.erofs, which the test has made. The image
+name says how it behaves:  indexed | unindexed | broken | hostproblem | dies | dies-once | leaves
+What it was asked and told is appended to CACHE/said, a JSON line each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from lazyfs import control
+from lazyfs.detached import attach, clone_mount, erofs_mount_detached
+from lazyfs.errors import HostError, RemoteError
+from lazyfs.linux import MNT_DETACH, umount2
+from lazyfs.mountinfo import mounts
+
+DIGEST = "sha256:" + "ab" * 32
+
+
+class Fake:
+    def __init__(self, cache: Path, runtime: Path, backend: str) -> None:
+        self.cache = cache
+        self.runtime = runtime
+        self.backend = backend
+        self.lock = threading.Lock()
+        self.mount_fd: int | None = None
+        self.image = ""
+        self.targets: list[dict[str, object]] = []
+
+    def say(self, **fields: object) -> None:
+        with self.lock, open(self.cache / "said", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"backend": self.backend, "pid": os.getpid(), **fields}) + "\n")
+
+    def root(self) -> int:
+        if self.mount_fd is None:
+            self.mount_fd = erofs_mount_detached(str(self.cache / "indexes/fake/namespace.erofs"), [])
+        return self.mount_fd
+
+    def dev(self) -> str:
+        device = os.fstat(self.root()).st_dev
+        return f"{os.major(device)}:{os.minor(device)}"
+
+    def entry(self) -> dict[str, object]:
+        here = {f"{entry.dev[0]}:{entry.dev[1]}" for entry in mounts()}
+        targets = [target for target in self.targets if target["dev"] in here]
+        return {
+            "dev": self.dev(),
+            "image": self.image,
+            "manifest_digest": DIGEST,
+            "backend": self.backend,
+            "platform": None,
+            "targets": targets,
+        }
+
+    def serve(self, connection: socket.socket) -> None:
+        lines = control.LineBuffer()
+        with connection:
+            while True:
+                while (line := lines.next_line()) is None:
+                    data = connection.recv(65536)
+                    if not data:
+                        return
+                    lines.feed(data)
+                self.answer(connection, line)
+
+    def answer(self, connection: socket.socket, line: bytes) -> None:
+        message = control.decode(line)
+        if "attached" in message:
+            control.parse_attached(message["attached"])
+            self.targets.append(message["attached"])
+            self.say(attached=message["attached"], op=message.get("op"))
+            connection.sendall(control.ok())
+            return
+        request = control.parse_request(line)
+        self.say(op=request.op, image=request.image, timeout_s=request.options.timeout_s)
+        if request.op in ("mount", "fuse_mount"):
+            self.mount(connection, request)
+        elif request.op == "list":
+            entries = [self.entry()] if self.mount_fd is not None else []
+            connection.sendall(control.ok(cache=str(self.cache), mounts=entries))
+        elif request.op == "stats" and request.dev is not None:
+            known = {self.dev(), *(target["dev"] for target in self.targets)}
+            if control.format_dev(request.dev) in known:
+                connection.sendall(control.ok(image=self.image, bytes_fetched=1234567, requests=3))
+            else:
+                connection.sendall(control.failure(HostError("not mine")))
+        elif request.op == "stop":
+            connection.sendall(control.ok())
+            os._exit(0)
+        else:
+            connection.sendall(control.ok())
+
+    def mount(self, connection: socket.socket, request: control.Request) -> None:
+        name = request.image.rpartition("/")[2].partition(":")[0]
+        if name == "broken":
+            connection.sendall(control.failure(RemoteError("registry.test answers 503", "try later")))
+            return
+        if name == "hostproblem" and request.op == "mount":
+            connection.sendall(control.failure(HostError("no EROFS from files here")))
+            return
+        if name == "dies" or (name == "dies-once" and not (self.cache / "died").exists()):
+            (self.cache / "died").touch()
+            print("something terrible happened", file=sys.stderr, flush=True)
+            os._exit(3)
+        if name == "unindexed" and not (self.cache / "built").exists():
+            connection.sendall(control.needs_index(DIGEST))
+            return
+        joined = bool(self.targets)
+        self.image = request.image if ":" in request.image else f"docker.io/library/{request.image}:latest"
+        connection.sendall(control.progress("reading the index"))
+        clone_fd = clone_mount(self.root())
+        fields = {"image": self.image, "manifest_digest": DIGEST, "joined": joined}
+        if request.op == "mount":
+            socket.send_fds(connection, [control.ok(**fields)], [clone_fd])
+            os.close(clone_fd)
+            return
+        attach(clone_fd, request.target)
+        os.close(clone_fd)
+        connection.sendall(control.ok(**fields))
+
+    def listen(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(16)
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=self.serve, args=[connection], daemon=True).start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("module")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--runtime", type=Path, required=True)
+    parser.add_argument("--status-fd", type=int)
+    arguments, _, words = " ".join(sys.argv[1:]).partition(" -- ")
+    args = parser.parse_args(arguments.split(" "))
+    place = words.rpartition(" ")[2]
+    if args.module == "lazyfs.keeper":
+        if (args.cache / "nokeeper").exists():
+            sys.exit("no keeper today")
+        Fake(args.cache, args.runtime, "kernel").listen(args.runtime / "control.sock")
+    fake = Fake(args.cache, args.runtime, "fuse")
+    socket_path = args.runtime / f"fuse-{os.getpid()}.sock"
+    threading.Thread(target=fake.listen, args=[socket_path], daemon=True).start()
+    fake.serve(socket.socket(fileno=args.status_fd))
+    if not fake.targets:  # the client gave up
+        for entry in mounts():
+            if entry.mountpoint == place:
+                umount2(entry.mountpoint, MNT_DETACH)
+    else:  # until the last mount has gone, as a FUSE process does
+        with open("/proc/self/mountinfo", "rb") as table:
+            poll = select.poll()
+            poll.register(table, select.POLLPRI)
+            own = tuple(map(int, fake.dev().split(":")))
+            known = {own, *(tuple(map(int, str(target["dev"]).split(":"))) for target in fake.targets)}
+            while any(entry.dev in known for entry in mounts()):
+                poll.poll(200)
+                known |= {tuple(map(int, str(target["dev"]).split(":"))) for target in fake.targets}
+    socket_path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
