@@ -16,7 +16,7 @@ from benchmarks.host import run
 
 PROGRAM = Path(sys.executable).with_name("lazyfs")
 # A daemon ends by itself some seconds after its last mount is gone.
-DAEMON_END_DEADLINE_S = 60.0
+DAEMON_END_DEADLINE_S = 20.0
 
 
 class Lazyfs:

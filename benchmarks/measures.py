@@ -95,7 +95,7 @@ def first_start(place: Place, backend: str) -> Iterator[Result]:
     for _ in range(place.repetitions):
         with cold(place, backend) as lazyfs, FaultProxy(host_name) as proxy:
             lazyfs.run_container(f"{proxy.host}/{name}", *PYTHON_START)
-            parts.append(proxy.bytes_sent() / place.interpreters.compressed_bytes)
+            parts.append(proxy.bytes_sent / place.interpreters.compressed_bytes)
         with cold(place, backend) as lazyfs:
             started = host.now()
             lazyfs.run_container(place.indexed, *PYTHON_START)

@@ -14,8 +14,8 @@ from lazyfs.linux import send_fds
 
 log = logging.getLogger("lazyfs.control")
 
-# A client that says nothing for this long, or does not read its answer, is dropped. Between the two lines of a
-# mount it has an overlay to build and a file system to attach.
+# A client that says nothing for this long, or does not read its answer, is dropped. Between the two lines of
+# a mount it has an overlay to build and a file system to attach.
 _PATIENCE_S = 60.0
 _MAX_CLIENTS = 64
 

@@ -10,6 +10,7 @@ hand, because whether credentials may travel on is decided per hop.
 
 from __future__ import annotations
 
+import copy
 import http.cookiejar
 import logging
 import random
@@ -112,8 +113,8 @@ _Answer = TypeVar("_Answer")
 class HttpClient:
     """Owned by one source; `aclose()` it. Safe for many tasks of one trio run.
 
-    `max_connections` bounds requests in flight; streams have as many connections of their own, so whoever
-    holds a stream can always fetch something else.
+    Sources may share connections: see `sibling`. `max_connections` bounds requests in flight; streams have as
+    many connections of their own, so whoever holds a stream can always fetch something else.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class HttpClient:
         certs_dirs: Sequence[str] = CERTS_DIRS,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
+        self._owner = True
         self.insecure = insecure
         self.counters = counters if counters is not None else TransferCounters()
         self.retry = retry or RetryPolicy()
@@ -142,9 +144,18 @@ class HttpClient:
             timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
         )
 
+    def sibling(self) -> HttpClient:
+        """A client that uses this one's connections and limits, and counts for itself; closing it closes
+        nothing."""
+        sibling = copy.copy(self)
+        sibling.counters = TransferCounters()
+        sibling._owner = False
+        return sibling
+
     async def aclose(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
+        """Close all connections, unless they are somebody else's."""
+        if self._owner:
+            await self._client.aclose()
 
     async def send(
         self,
@@ -168,7 +179,7 @@ class HttpClient:
                 raw = await self._attempt(method, url, headers or {}, content)
                 try:
                     limit = max_body_bytes if raw.status_code < 300 else MAX_ERROR_BODY_BYTES
-                    body = b"" if method == "HEAD" else await self._read_body(raw, limit)
+                    body = await self._read_body(raw, limit)
                 finally:
                     await raw.aclose()
             response = Response(raw.status_code, raw.headers, body, str(raw.url))
@@ -286,8 +297,7 @@ class HttpClient:
         status = raw.status_code
         if status not in TEMPORARY_STATUS:
             return
-        if raw.request.method != "HEAD":
-            await self._read_body(raw, MAX_ERROR_BODY_BYTES)
+        await self._read_body(raw, MAX_ERROR_BODY_BYTES)
         hint = "the server is in trouble; try again later"
         if status == 429:
             hint = "the server limits requests; try again later, or log in for a higher limit"
@@ -324,6 +334,8 @@ class HttpClient:
         """The body, at most `limit_bytes`; of an error answer as much of its beginning as can be had."""
         length = raw.headers.get("Content-Length", "")
         ok = raw.status_code < 300
+        if raw.request.method == "HEAD":
+            length = ""  # of the body that GET would have; reading the empty one keeps the connection usable
         if ok and length.isascii() and length.isdigit() and int(length[:20]) > limit_bytes:
             raise self._too_large(raw, limit_bytes)
         pieces: list[bytes] = []

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform as host
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,11 @@ from lazyfs.core.oci import (
 )
 from lazyfs.core.reference import Reference, is_digest, parse_reference
 from lazyfs.core.spans import WINDOWS_PER_GROUP, SpanTable
+from lazyfs.credentials import auth_files_of
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
 from lazyfs.fetch import FetchLimits, LayerFetcher, LayerHandle, Origin, Windows
 from lazyfs.process import resident_bytes
-from lazyfs.source import Source, SourceOptions, open_source
+from lazyfs.source import Source, SourceOptions, Sources, open_source
 
 _MAX_CONFIG_BYTES = 8 << 20
 _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -55,9 +57,13 @@ class ImageOptions:
     platform: str | None = None
     ca_files: tuple[str, ...] = ()
     auth_files: tuple[str, ...] | None = None
+    environ: Mapping[str, str] | None = None  # of the user the image is opened for; None: this process's
 
     def source_options(self) -> SourceOptions:
-        return SourceOptions(insecure=self.insecure, ca_files=self.ca_files, auth_files=self.auth_files)
+        auth_files = self.auth_files
+        if auth_files is None and self.environ is not None:
+            auth_files = auth_files_of(self.environ)
+        return SourceOptions(self.insecure, self.ca_files, auth_files, environ=self.environ)
 
 
 class NeedsIndexError(Exception):
@@ -97,17 +103,24 @@ def make_index_directory(cache: BlockCache, manifest_digest: str) -> str:
     return directory
 
 
-async def resolve(cache: BlockCache, text: str, options: ImageOptions, known: str | None = None) -> Resolved:
+async def resolve(
+    cache: BlockCache,
+    text: str,
+    options: ImageOptions,
+    known: str | None = None,
+    sources: Sources | None = None,
+) -> Resolved:
     """Finds the manifest a reference means, with as few requests as possible: none for a digest that is here.
 
     `known`: the manifest's digest, if it was resolved before (a daemon that takes up its predecessor's
-    mounts). Raises LazyfsError; UserError if `offline` and the reference was never seen.
+    mounts). `sources`: where connections are shared. Raises LazyfsError; UserError if `offline` and
+    the reference was never seen.
     """
     reference = parse_reference(text)
     wanted = options.platform or host_platform(host.machine())
     key = hashlib.sha256(f"{reference} {wanted}".encode()).hexdigest()
     note = os.path.join(cache.path, "refs", key)
-    source = open_source(reference, options.source_options())
+    source = (sources.open if sources else open_source)(reference, options.source_options())
     try:
         if known is None and (options.offline or _digest_of(reference)):
             known = (_read(note) or b"").decode("ascii", "replace")
@@ -274,6 +287,7 @@ class ImageStore:
         self.cache_misses = 0
         self._nursery = nursery
         self._limits = FetchLimits()
+        self._sources = Sources()
         # By manifest digest, so that a slow registry holds up nobody but those who want the same image.
         self._opening: collections.defaultdict[str, trio.Lock] = collections.defaultdict(trio.Lock)
         self._changing = trio.Lock()  # of `images` and `handles`; held across local work only
@@ -283,7 +297,7 @@ class ImageStore:
 
         Raises LazyfsError or NeedsIndexError.
         """
-        resolved = await resolve(self.cache, text, options, known)
+        resolved = await resolve(self.cache, text, options, known, self._sources)
         try:
             async with self._opening[resolved.manifest_digest]:  # a joined mount finds the first one's image
                 image = self.images.get(resolved.manifest_digest)
@@ -417,6 +431,11 @@ class ImageStore:
             self.cache_hits += 1
         else:
             self.cache_misses += 1
+
+    async def aclose(self) -> None:
+        """Closes the connections of all sources. The last act."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+            await self._sources.aclose()
 
     def statistics(self, image: Image) -> dict[str, Any]:
         """What `lazyfs stats` shows of an image: transfers of its source, blocks of its layers; hits and

@@ -52,7 +52,7 @@ class KeeperLink:
 
     `fuse_fd`: the connection. `mount_fd`: the detached FUSE mount; files in it are
     ``/proc/self/fd/<mount_fd>/<name>``. `listen_fd`: the control socket, listening. The latter two are None
-    once `let_go` was called, here or by a predecessor. `held`: name -> descriptor, as the predecessor left it.
+    once `let_go` was called, here or by a predecessor. `held`: name -> descriptor, as a predecessor left it.
     """
 
     def __init__(

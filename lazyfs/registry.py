@@ -40,12 +40,14 @@ class Registry:
         http: HttpClient,
         *,
         auth_files: Sequence[str] | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.counters: TransferCounters = http.counters
         self._http = http
         self._host = reference.registry
         self._repository = reference.repository
         self._auth_files = auth_files
+        self._environ = environ
         self._authorizer: Authorizer | None = None
         self._base = ""
         self._places: dict[str, str] = {}  # digest -> URL a blob was redirected to
@@ -240,7 +242,7 @@ class Registry:
                 elif self._http.insecure:
                     base = await self._probe(base, f"http://{host}")
                 self._authorizer = Authorizer(
-                    self._http, base, self._host, self._repository, self._auth_files
+                    self._http, base, self._host, self._repository, self._auth_files, self._environ
                 )
                 self._base = base
         return self._base

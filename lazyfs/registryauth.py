@@ -10,7 +10,7 @@ import base64
 import json
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -47,12 +47,14 @@ class Authorizer:
         registry: str,
         repository: str,
         auth_files: Sequence[str] | None,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self._http = http
         self._base_url = base_url
         self._registry = registry
         self._repository = repository
         self._auth_files = auth_files
+        self._environ = environ
         self._grants: dict[str, _Grant] = {}
         self._challenges: dict[str, tuple[str, dict[str, str]]] = {}
         self._credentials: Credentials | None = None
@@ -80,7 +82,9 @@ class Authorizer:
                 self._challenges[actions] = parse_challenge(challenge_header)
             scheme, parameters = self._challenges.get(actions, ("", {}))
             if not self._looked_up:
-                self._credentials = await find_credentials(self._registry, self._repository, self._auth_files)
+                self._credentials = await find_credentials(
+                    self._registry, self._repository, self._auth_files, environ=self._environ
+                )
                 self._looked_up = True
             if scheme == "bearer":
                 grant = await self._bearer(actions, parameters)

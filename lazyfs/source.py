@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lazyfs.core.oci import Descriptor
 from lazyfs.core.reference import DirectoryReference, Reference, RegistryReference
 from lazyfs.transfer import SourceOptions, TransferCounters
 
-__all__ = ["Source", "SourceOptions", "TransferCounters", "open_source"]
+if TYPE_CHECKING:
+    from lazyfs.http import HttpClient
+
+__all__ = ["Source", "SourceOptions", "Sources", "TransferCounters", "open_source"]
 
 
 class Source(Protocol):
@@ -50,24 +53,50 @@ class Source(Protocol):
         """Release connections and files."""
 
 
-def open_source(reference: Reference, options: SourceOptions) -> Source:
+def open_source(reference: Reference, options: SourceOptions, http: HttpClient | None = None) -> Source:
     """The source for a reference. No I/O except opening a layout's directory (UserError). `aclose()` it.
 
-    The HTTP stack is imported only for those who need it: it costs more than opening a local layout.
+    `http`: the client to use, closed with the source; by default one of its own. The HTTP stack is
+    imported only for those who need it: it costs more than opening a local layout.
     """
     if isinstance(reference, DirectoryReference):
         from lazyfs.imagelayout import DirectoryLayout
 
         return DirectoryLayout(reference)
-    from lazyfs.http import HttpClient
-
-    http = HttpClient(
-        insecure=options.insecure, ca_files=options.ca_files, max_connections=options.max_connections
-    )
+    http = http or _client(options)
     if isinstance(reference, RegistryReference):
         from lazyfs.registry import Registry
 
-        return Registry(reference, http, auth_files=options.auth_files)
+        return Registry(reference, http, auth_files=options.auth_files, environ=options.environ)
     from lazyfs.imagelayout import WebLayout
 
     return WebLayout(reference, http)
+
+
+def _client(options: SourceOptions) -> HttpClient:
+    from lazyfs.http import HttpClient
+
+    return HttpClient(
+        insecure=options.insecure, ca_files=options.ca_files, max_connections=options.max_connections
+    )
+
+
+class Sources:
+    """Opens sources that share one connection pool for each way of reaching servers (CAs, insecure)."""
+
+    def __init__(self) -> None:
+        self._clients: dict[tuple[bool, tuple[str, ...]], HttpClient] = {}
+
+    def open(self, reference: Reference, options: SourceOptions) -> Source:
+        """As `open_source`."""
+        if isinstance(reference, DirectoryReference):
+            return open_source(reference, options)
+        key = (options.insecure, options.ca_files)
+        if key not in self._clients:
+            self._clients[key] = _client(options)
+        return open_source(reference, options, self._clients[key].sibling())
+
+    async def aclose(self) -> None:
+        """Closes all connections; the sources cannot be used any more."""
+        for client in self._clients.values():
+            await client.aclose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -20,10 +21,12 @@ class SourceOptions:
 
     `insecure`: plain http is allowed to any host, and certificates are not verified. `ca_files`: more trusted
     CAs (PEM). `auth_files`: credential files in order of preference; None = the usual places of this process.
-    `max_connections`: for ranges and documents; streams have as many of their own.
+    `environ`: what credential helpers get; None = this process's environment. `max_connections`: for ranges
+    and documents; streams have as many of their own.
     """
 
     insecure: bool = False
     ca_files: tuple[str, ...] = ()
     auth_files: tuple[str, ...] | None = None
     max_connections: int = 8
+    environ: Mapping[str, str] | None = None

@@ -161,7 +161,8 @@ def test_overlay_on_a_detached_mount(mount_fd: int, target: str, tmp_path: Path,
     os.close(fd)
     assert sorted(os.listdir(target)) == ["file0", "new", "null"]
     linux.umount2(target)
-    again_fd = detached.overlay_mount_detached(mount_fd, str(upper), str(work))  # the lower one is still usable
+    # the lower mount is still usable
+    again_fd = detached.overlay_mount_detached(mount_fd, str(upper), str(work))
     os.close(again_fd)
 
 
@@ -230,11 +231,12 @@ def test_descriptors_travel_with_all_of_the_data() -> None:
 
 
 def test_mountinfo_line() -> None:
-    line = rb"36 35 98:0 /mnt1 /a\040b\134\011c rw,noatime master:1 unknown:2 - ext3 /dev/root\043 rw,errors=continue"
+    line = rb"36 35 98:0 /mnt1 /a\040b\134\011c rw,noatime master:1 x:2 - ext3 /dev/a\043 rw,errors=continue"
     entry = mountinfo.parse_line(line)
     assert entry is not None
     assert (entry.mount_id, entry.parent_id, entry.dev) == (36, 35, (98, 0))
-    assert (entry.root, entry.mountpoint, entry.fstype, entry.source) == ("/mnt1", "/a b\\\tc", "ext3", "/dev/root#")
+    assert (entry.root, entry.mountpoint) == ("/mnt1", "/a b\\\tc")
+    assert (entry.fstype, entry.source) == ("ext3", "/dev/a#")
     assert entry.options == ("rw", "noatime")
     assert entry.super_options == ("rw", "errors=continue")
 
@@ -259,5 +261,6 @@ def test_the_light_client_gets_no_heavy_imports() -> None:
         "print([m for m in ('trio', 'json', 'dataclasses', 'socket', 'threading', 'subprocess', 'inspect')"
         " if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

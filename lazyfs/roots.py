@@ -1,0 +1,117 @@
+"""What a daemon serves, and how its successor learns of it.
+
+The state is JSON in a memory file that the keeper holds, like the mounts: it outlives the worker, ends with
+the keeper, and is replaced as a whole. Only what the cache does not say is in there: which images, reached
+how, mounted where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lazyfs import control
+from lazyfs.control import Attached, RequestOptions
+from lazyfs.images import Image
+from lazyfs.keeperlink import KeeperLink
+
+_STATE = "state"
+
+
+@dataclass(slots=True)
+class Root:
+    """An image that is mounted, or about to be."""
+
+    image: Image
+    options: RequestOptions
+    home: dict[str, str]
+    dev: tuple[int, int]  # of the EROFS mount, which the keeper holds
+    targets: list[Attached] = field(default_factory=list)
+    pending: int = 0  # clients between our answer and their "attached"
+    idle_since: float | None = None  # trio time
+
+    @property
+    def hold_name(self) -> str:
+        """The name of the EROFS mount's descriptor at the keeper."""
+        return hold_name(self.image.manifest_digest)
+
+
+class Released(NamedTuple):
+    """A device that was let go, and where to find its image: a private mount namespace may still read it."""
+
+    content_root: str
+    size_bytes: int
+    manifest_digest: str
+    image: str
+    options: RequestOptions
+    home: dict[str, str]
+
+
+class Remembered(NamedTuple):
+    """A root as the predecessor left it."""
+
+    image: str
+    manifest_digest: str
+    options: RequestOptions
+    home: dict[str, str]
+    targets: list[Attached]
+
+
+def hold_name(manifest_digest: str) -> str:
+    return f"image:{manifest_digest}"
+
+
+def attached_json(target: Attached) -> dict[str, Any]:
+    """As `control.parse_attached` reads it."""
+    return {
+        "dev": control.format_dev(target.dev),
+        "target": target.target,
+        "ephemeral_upper": target.ephemeral_upper,
+        "image_dev": control.format_dev(target.image_dev) if target.image_dev else None,
+    }
+
+
+def save_state(link: KeeperLink, roots: list[Root], released: list[Released]) -> None:
+    """Gives the keeper the new state."""
+    state = {
+        "roots": [
+            {
+                "image": root.image.reference,
+                "manifest_digest": root.image.manifest_digest,
+                "options": root.options._asdict(),
+                "home": root.home,
+                "targets": [attached_json(target) for target in root.targets],
+            }
+            for root in roots
+        ],
+        "released": [{**one._asdict(), "options": one.options._asdict()} for one in released],
+    }
+    fd = os.memfd_create("lazyfs-state", os.MFD_CLOEXEC)
+    with open(fd, "w", closefd=False) as file:
+        json.dump(state, file)
+    link.hold(_STATE, fd)
+
+
+def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
+    """What the predecessor saved; nothing if there was none."""
+    if _STATE not in link.held:
+        return [], []
+    fd = link.held[_STATE]
+    state = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+    roots = [
+        Remembered(
+            entry["image"],
+            entry["manifest_digest"],
+            control.parse_options(entry["options"]),
+            entry["home"],
+            [control.parse_attached(target) for target in entry["targets"]],
+        )
+        for entry in state["roots"]
+    ]
+    released = [
+        Released(**{**entry, "options": control.parse_options(entry["options"])})
+        for entry in state["released"]
+    ]
+    return roots, released
