@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -55,6 +57,8 @@ def work_directory() -> Iterator[Path]:
 
     Whatever is still mounted below is unmounted at the end, also after an error.
     """
+    # SIGTERM as an exception, so that everything below here is undone then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     directory = Path(tempfile.mkdtemp(prefix="lazyfs-bench-", dir="/var/tmp"))
     directory.chmod(0o711)  # containers of user namespaces pass through
     try:

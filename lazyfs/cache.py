@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 import xxhash
 
-from lazyfs.core.blocks import BlockTable
+from lazyfs.core.blocks import PAGE_BYTES, BlockTable, page_align
 from lazyfs.errors import HostError, ImageError
 
 _VERSION = b"1\n"
@@ -125,8 +125,11 @@ class CachedLayer:
             return self._cut_off(held, blocks, size_bytes)
         if not checked:
             for block in blocks:
-                if not self._checked[block] and not self._check(held, block, data, address):
-                    return None
+                if not self._checked[block]:
+                    if not self._check(held, block, data, address):
+                        return None
+                    if self._zero_gaps(held, block):
+                        data = _pread(held.data_fd, size_bytes, address)
         return data
 
     def _check(self, held: _Held, block: int, data: bytes, address: int) -> bool:
@@ -141,6 +144,26 @@ class CachedLayer:
             return False
         self._checked[block] = 1
         return True
+
+    def _zero_gaps(self, held: _Held, block: int) -> bool:
+        """Sees to it that the rest of a block's first and last page is zeros, for no mark covers it.
+
+        Says whether something had to be written. (Whole pages between blocks are holes, which cannot rot.)
+        """
+        table = self.table
+        first = table.addresses[block]
+        end = first + table.lengths[block]
+        low, high = first - first % PAGE_BYTES, page_align(end)
+        if low < first and block:
+            low = max(low, table.addresses[block - 1] + table.lengths[block - 1])
+        if end < high and block + 1 < table.count:
+            high = min(high, table.addresses[block + 1])
+        repaired = False
+        for start, size_bytes in ((low, first - low), (end, high - end)):
+            if size_bytes and _pread(held.data_fd, size_bytes, start).strip(b"\0"):
+                write_block(held.data_fd, bytes(size_bytes), start)
+                repaired = True
+        return repaired
 
     def _cut_off(self, held: _Held, blocks: range, size_bytes: int) -> bytes | None:
         """Somebody made the data file shorter: gives it its size back; what was there is absent now."""
@@ -347,11 +370,13 @@ class BlockCache:
             if not os.path.exists(os.path.join(path, "lock")):  # else another process was faster
                 self.set_aside(path)
 
-    def set_aside(self, path: str) -> None:
-        """Takes a damaged entry out of the way; the next `lazyfs cache gc` deletes it."""
-        grave = f"{REMOVED}{os.getpid()}-{os.urandom(4).hex()}-{os.path.basename(path)}"
+    def set_aside(self, path: str) -> str:
+        """Takes an entry out of the way, to the path returned; `lazyfs cache gc` deletes it if nobody does before."""
+        name = f"{REMOVED}{os.getpid()}-{os.urandom(4).hex()}-{os.path.basename(path)}"
+        grave = os.path.join(self.path, "tmp", name)
         with contextlib.suppress(OSError):
-            os.rename(path, os.path.join(self.path, "tmp", grave))
+            os.rename(path, grave)
+        return grave
 
     def content_roots(self) -> list[str]:
         """Content roots of all layers that have an entry."""

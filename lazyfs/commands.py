@@ -15,7 +15,7 @@ import trio
 from lazyfs import evict, paths
 from lazyfs.cache import BlockCache
 from lazyfs.core.oci import parse_config
-from lazyfs.errors import LazyfsError, RemoteError
+from lazyfs.errors import LazyfsError, RemoteError, UserError
 from lazyfs.images import (
     ImageOptions,
     NeedsIndexError,
@@ -208,6 +208,8 @@ def cache(args: argparse.Namespace) -> int:
             for content_root in broken:
                 print(f"the entry of layer {content_root[:12]} cannot be used: lazyfs cache prune removes it")
         return 1 if damaged or broken else 0
+    if args.action == "gc" and not args.max_size_bytes:
+        raise UserError("gc needs a size to fit", "write for example --max-size 20G; prune removes all unused")
     freed, left = evict.collect(store, 0 if args.action == "prune" else args.max_size_bytes)
     if args.json:
         print(json.dumps({"freed_bytes": freed, "left_bytes": left}))

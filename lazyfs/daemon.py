@@ -11,7 +11,6 @@ FUSE connection.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 import os
@@ -35,6 +34,7 @@ from lazyfs.errors import HostError, LazyfsError, UserError
 from lazyfs.fetch import LayerHandle
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
 from lazyfs.images import Image, ImageOptions, ImageStore, NeedsIndexError
+from lazyfs.keeper import parse_arguments
 from lazyfs.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
 from lazyfs.mountinfo import mounts
 from lazyfs.roots import Released, Root, attached_json, hold_name, load_state, save_state
@@ -155,8 +155,10 @@ class Daemon:
             return {"backend": "kernel", **self.store.statistics(self._root_of(request.dev).image)}
         if request.op == "list":
             return {"cache": self.store.cache.path, "mounts": [_entry(root) for root in self.roots.values()]}
-        if request.op == "stop" and self.roots:
-            raise UserError(f"{len(self.roots)} images are still mounted", "unmount them first: lazyfs ls")
+        if request.op == "stop":
+            self._look_at_mounts()  # what only lingers does not count
+            if used := sum(root.idle_since is None for root in self.roots.values()):
+                raise UserError(f"{used} images are still mounted", "unmount them first: lazyfs ls")
         if request.op in ("ping", "upgrade", "stop"):
             return {"pid": os.getpid(), "mounts": len(self.roots)}
         raise UserError(f"this daemon does not do {request.op!r}")
@@ -392,17 +394,13 @@ async def _until_signalled(daemon: Daemon) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the worker: `python -m lazyfs.daemon --cache DIR --runtime DIR [--linger S]`."""
-    parser = argparse.ArgumentParser(prog="lazyfs.daemon", description="Started by lazyfs.keeper.")
-    parser.add_argument("--cache", required=True)
-    parser.add_argument("--runtime", required=True)
-    parser.add_argument("--linger", type=float, default=DEFAULT_LINGER_S)
-    parsed = parser.parse_args(arguments)
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     form = "%(asctime)s daemon[%(process)d] %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
     logging.raiseExceptions = False  # a full disk under the log is no reason to end
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return trio.run(run, parsed.cache, parsed.runtime, parsed.linger)
+        return trio.run(run, options["cache"], options["runtime"], float(options.get("linger", DEFAULT_LINGER_S)))
     except LazyfsError as error:
         log.critical("%s", error)
         return error.exit_code

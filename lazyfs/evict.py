@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 
 from lazyfs.cache import REMOVED, BlockCache, exclusive
+from lazyfs.core.reference import is_digest
 from lazyfs.errors import LazyfsError
 
 # A download in progress owns its directory in tmp/ and touches it all the time; what is this old is rubbish.
@@ -51,19 +52,23 @@ def entries(cache: BlockCache) -> list[Entry]:
 def remove(cache: BlockCache, entry: Entry) -> bool:
     """Removes one entry unless somebody uses it; says whether it is gone."""
     lock = os.path.join(entry.path, "lock")
-    if not os.path.exists(lock):
-        shutil.rmtree(entry.path, ignore_errors=True)
-        return True
-    with exclusive(lock) as free:
-        if not free:
-            return False
-        grave = os.path.join(cache.path, "tmp", f"{REMOVED}{os.getpid()}-{entry.name}")
-        try:
-            os.rename(entry.path, grave)
-        except FileNotFoundError:
-            return True
-    shutil.rmtree(grave, ignore_errors=True)
-    return True
+    if os.path.exists(lock):
+        with exclusive(lock) as free:
+            if not free:
+                return False
+            grave = cache.set_aside(entry.path)
+    else:
+        grave = cache.set_aside(entry.path)  # it has lost its lock: nobody can use it
+    _delete(grave)
+    return not os.path.lexists(entry.path)
+
+
+def _delete(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 def collect(cache: BlockCache, max_bytes: int) -> tuple[int, int]:
@@ -85,8 +90,9 @@ def collect(cache: BlockCache, max_bytes: int) -> tuple[int, int]:
     for name in os.listdir(references):
         path = os.path.join(references, name)
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            digest = file.read(256).decode("ascii", "replace").removeprefix("sha256:")
-            if not os.path.exists(os.path.join(cache.path, "indexes", digest)):
+            digest = file.read(256).decode("ascii", "replace")
+            directory = os.path.join(cache.path, "indexes", digest.removeprefix("sha256:"))
+            if not is_digest(digest) or not os.path.exists(directory):
                 os.unlink(path)
     return freed, total - freed
 
@@ -105,9 +111,6 @@ def verify(cache: BlockCache) -> tuple[int, int, list[str]]:
             broken.append(content_root)
             continue
         try:
-            if layer.table.content_root != content_root:
-                broken.append(content_root)
-                continue
             checked += layer.present_blocks()
             damaged += len(layer.verify())
         finally:
@@ -123,7 +126,7 @@ def _sweep(cache: BlockCache) -> None:
             if time.time() - max(os.stat(path).st_mtime, _newest(path)) > _RUBBISH_AGE_S or name.startswith(
                 REMOVED
             ):
-                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+                _delete(path)
 
 
 def _newest(path: str) -> float:

@@ -11,6 +11,7 @@ import collections
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,8 +47,17 @@ class FetchLimits:
 
     timeout_s: float = 30.0
     # Measured on loopback with 2 cores: 4 requests keep the decoder busy; more only take memory.
-    slots: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(6))
+    requests: int = 6
     decoders: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(os.cpu_count() or 1))
+    _slots: weakref.WeakKeyDictionary[Source, trio.Semaphore] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+
+    def slots(self, source: Source | None) -> trio.Semaphore:
+        """For requests to one source: each has its own, so that a silent registry holds up nobody else's."""
+        if source is None:
+            return trio.Semaphore(1)
+        return self._slots.setdefault(source, trio.Semaphore(self.requests))
 
 
 class Windows:
@@ -127,7 +137,8 @@ class Origin:
 class _Flight:
     """A span on its way. `changed` is set, and replaced, whenever blocks of it were published."""
 
-    def __init__(self) -> None:
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
         self.changed = trio.Event()
         self.error: LazyfsError | None = None
         self.done = False
@@ -143,11 +154,13 @@ class LayerFetcher:
     def __init__(self, layer: CachedLayer, limits: FetchLimits, nursery: trio.Nursery) -> None:
         self.layer = layer
         self.origins: list[Origin] = []
+        self.timeout_s = limits.timeout_s  # of a read of this layer
         self._limits = limits
         self._nursery = nursery
         # By span table: images may share a layer's content and yet have it in differently compressed blobs.
         self._wanted: collections.defaultdict[SpanTable, set[int]] = collections.defaultdict(set)
         self._flights: dict[tuple[SpanTable, int], _Flight] = {}
+        self._launched = 0  # flights so far
         self._fragments = _Fragments(layer)
         self._readahead = Readahead()
 
@@ -156,6 +169,7 @@ class LayerFetcher:
 
         No deadline of its own: the caller sets one. Cancelled or not, flights go on.
         """
+        launched_before = self._launched
         first, rounds = -1, 0
         while missing := self.layer.missing(blocks):
             if missing[0] != first:
@@ -171,6 +185,8 @@ class LayerFetcher:
             else:
                 await flight.changed.wait()
                 if flight.error is not None:
+                    if flight.sequence <= launched_before:
+                        continue  # another reader's failure, of a time before this one: try for ourselves
                     raise flight.error
                 if not flight.done or self.layer.has(first):
                     continue
@@ -222,16 +238,17 @@ class LayerFetcher:
         return bool(self.layer.missing(blocks[1:-1] or blocks))
 
     def _launch(self, spans: SpanTable, number: int) -> None:
-        self._flights[spans, number] = _Flight()
+        self._launched += 1
+        self._flights[spans, number] = _Flight(self._launched)
         self._wanted[spans].add(number)
         self._nursery.start_soon(self._fly, spans, number)
 
     async def _fly(self, spans: SpanTable, number: int) -> None:
-        wanted = self._wanted[spans]
         run = range(number, number + 1)
         error: LazyfsError | None = HostError("the daemon is ending")  # unless something else becomes of it
         try:
-            async with self._limits.slots:
+            async with self._limits.slots(self._source_of(spans)):
+                wanted = self._wanted[spans]
                 if number not in wanted:
                     run = range(0)
                     return  # another task took it along
@@ -246,14 +263,17 @@ class LayerFetcher:
             error = HostError(f"fetching failed: {type(failure).__name__}: {failure}", "report this as a bug")
         finally:
             for one in run:
-                wanted.discard(one)
+                self._wanted[spans].discard(one)
                 flight = self._flights.pop((spans, one), None)
                 if flight is not None:
                     flight.error = error
                     flight.done = True
                     flight.tell()
-            if not wanted:
-                self._wanted.pop(spans, None)
+            if not self._wanted[spans]:
+                del self._wanted[spans]
+
+    def _source_of(self, spans: SpanTable) -> Source | None:
+        return next((origin.source for origin in self.origins if origin.spans is spans), None)
 
     async def _fetch_from_any(self, spans: SpanTable, run: list[Span]) -> None:
         """Tries each origin with these spans, the newest first."""
@@ -327,20 +347,26 @@ class LayerFetcher:
         if span.window is None:
             return b""
         try:
-            with trio.fail_after(self._limits.timeout_s):
+            with trio.fail_after(self._request_s()):
                 return await origin.windows.get(span.window)
         except trio.TooSlowError:
             raise self._too_slow() from None
 
+    def _request_s(self) -> float:
+        """How long one request may take. A reader with a short deadline need not get what it asked for by its
+        first read, but its next one must not wait long for a request that was made when the server was down.
+        """
+        return max(self.timeout_s, min(2 * self.timeout_s, self._limits.timeout_s))
+
     def _too_slow(self) -> RemoteError:
         return RemoteError(
-            f"the registry did not deliver within {self._limits.timeout_s:g} s",
+            f"the registry did not deliver within {self._request_s():g} s",
             "try again, or raise timeout=",
         )
 
     async def _range(self, origin: Origin, start: int, end: int) -> bytes:
         try:
-            with trio.fail_after(self._limits.timeout_s):
+            with trio.fail_after(self._request_s()):
                 return await origin.source.blob_range(origin.blob_digest, start, end)
         except trio.TooSlowError:
             raise self._too_slow() from None
@@ -367,7 +393,9 @@ class _Fragments:
                 self._parts.pop(block, None)
 
     def add(self, block: int, offset: int, part: bytes) -> bytes | None:
-        """Keeps a part; returns the whole block, and forgets it, if this was what was missing."""
+        """Keeps a part; returns the whole block if this was what was missing. Forget it once it is published:
+        until then nobody must think that its parts have to be fetched again.
+        """
         with self._lock:
             parts = self._parts.setdefault(block, {})
             parts[offset] = part
@@ -380,7 +408,6 @@ class _Fragments:
                 pieces.append(parts[start][end - start :])
                 end = max(end, start + len(parts[start]))
             if end == self._layer.table.lengths[block]:
-                del self._parts[block]
                 return b"".join(pieces)
             if len(self._parts) > _MAX_FRAGMENTS:
                 self._parts.popitem(last=False)
@@ -407,11 +434,18 @@ class _Assembler:
             first = table.tar_offsets[block]
             last = first + table.lengths[block]
             low, high = max(first, start), min(last, end)
-            content: bytes | memoryview | None = view[low - start : high - start]
-            if low > first or high < last:
-                content = self._fragments.add(block, low - first, bytes(view[low - start : high - start]))
-            if content is not None and not self._layer.publish(block, content):
-                self.bad += 1
+            part = view[low - start : high - start]
+            if low == first and high == last:
+                self._publish(block, part)
+            elif (whole := self._fragments.add(block, low - first, bytes(part))) is not None:
+                try:
+                    self._publish(block, whole)
+                finally:
+                    self._fragments.forget([block])
+
+    def _publish(self, block: int, content: bytes | memoryview) -> None:
+        if not self._layer.publish(block, content):
+            self.bad += 1
 
 
 class LayerHandle:
@@ -422,8 +456,16 @@ class LayerHandle:
         self.fetcher = fetcher
         self.content_root = layer.content_root
         self.size_bytes = layer.size_bytes
-        self.timeout_s = 30.0
         self._on_read = on_read
+
+    @property
+    def timeout_s(self) -> float:
+        """Within this a read ends."""
+        return self.fetcher.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value_s: float) -> None:
+        self.fetcher.timeout_s = value_s
 
     def read_cached(self, address: int, size_bytes: int) -> bytes | None:
         """Exactly the bytes asked for (cut at the end of the device) if all are here, else None. Any

@@ -20,7 +20,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +41,7 @@ MAX_CAUSES = 20
 # Of one recv. httpcore's 64 KiB cost 12 ms of CPU for 4 MiB, 256 KiB 8 ms, 1 MiB 5 ms: its layers of
 # generators are paid per piece.
 READ_BYTES = 512 << 10
+HOSTS_AT_ONCE = 16  # that may be silent, with all connections in use, before others have to wait
 MAX_REMEMBERED_HOSTS = 256  # a registry and its blob stores are a handful
 TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 CERTS_DIRS = ("/etc/docker/certs.d", "/etc/containers/certs.d")  # containers-certs.d(5)
@@ -113,8 +114,8 @@ _Answer = TypeVar("_Answer")
 class HttpClient:
     """Owned by one source; `aclose()` it. Safe for many tasks of one trio run.
 
-    Sources may share connections: see `sibling`. `max_connections` bounds requests in flight; streams have as
-    many connections of their own, so whoever holds a stream can always fetch something else.
+    Sources may share connections: see `sibling`. `max_connections` bounds requests in flight to one host;
+    streams have as many connections of their own, so whoever holds a stream can always fetch something else.
     """
 
     def __init__(
@@ -132,22 +133,26 @@ class HttpClient:
         self.insecure = insecure
         self.counters = counters if counters is not None else TransferCounters()
         self.retry = retry or RetryPolicy()
-        self._slots = trio.Semaphore(max_connections)
-        self._stream_slots = trio.Semaphore(max_connections)
+        self._slots = _Slots(max_connections)
+        self._stream_slots = _Slots(max_connections)
+        self._stream_timeout = self._timeout = _silence(read_timeout_s)
         # No cookies: nothing here needs them, and they would travel between repositories.
         no_cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
         self._client = httpx.AsyncClient(
-            transport=_Transports(insecure, tuple(ca_files), 2 * max_connections, tuple(certs_dirs)),
+            transport=_Transports(
+                insecure, tuple(ca_files), 2 * max_connections * HOSTS_AT_ONCE, tuple(certs_dirs)
+            ),
             cookies=no_cookies,
             headers={"User-Agent": "lazyfs", "Accept-Encoding": "identity", "Accept": "*/*"},
-            # pool=None: the semaphores do the waiting, inside the caller's deadline.
-            timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
         )
 
-    def sibling(self) -> HttpClient:
+    def sibling(self, patience_s: float = READ_TIMEOUT_S) -> HttpClient:
         """A client that uses this one's connections and limits, and counts for itself; closing it closes
-        nothing."""
+        nothing. `patience_s`: silence in an answer that is not a stream, after which it asks again; nor does
+        it wait longer between two attempts."""
         sibling = copy.copy(self)
+        sibling._timeout = _silence(patience_s)
+        sibling.retry = replace(self.retry, cap_s=min(self.retry.cap_s, patience_s))
         sibling.counters = TransferCounters()
         sibling._owner = False
         return sibling
@@ -175,8 +180,8 @@ class HttpClient:
         """
 
         async def attempt() -> Response:
-            async with self._slots:
-                raw = await self._attempt(method, url, headers or {}, content)
+            async with self._slots.of(url):
+                raw = await self._attempt(method, url, headers or {}, content, self._timeout)
                 try:
                     limit = max_body_bytes if raw.status_code < 300 else MAX_ERROR_BODY_BYTES
                     body = await self._read_body(raw, limit)
@@ -196,9 +201,9 @@ class HttpClient:
         """GET with the body as it comes. Retries until the answer begins; then breaks are the caller's."""
 
         async def attempt() -> httpx.Response:
-            return await self._attempt("GET", url, headers or {}, None)
+            return await self._attempt("GET", url, headers or {}, None, self._stream_timeout)
 
-        async with self._stream_slots:
+        async with self._stream_slots.of(url):
             raw = await self._retrying("GET", url, attempt, self.retry.attempts)
             chunks = self._chunks(raw)
             try:
@@ -234,7 +239,12 @@ class HttpClient:
             await trio.sleep(delay_s)
 
     async def _attempt(
-        self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        content: bytes | None,
+        timeout: httpx.Timeout,
     ) -> httpx.Response:
         """One attempt up to the answer's headers; the caller closes it. Redirects are followed."""
         first = origin(url)
@@ -242,9 +252,10 @@ class HttpClient:
         for _ in range(MAX_REDIRECTS + 1):
             self._check_scheme(url)
             self.counters.requests += 1
-            raw = await self._client.send(
-                self._client.build_request(method, url, headers=headers, content=content), stream=True
+            request = self._client.build_request(
+                method, url, headers=headers, content=content, timeout=timeout
             )
+            raw = await self._client.send(request, stream=True)
             try:
                 target = self._redirect_target(method, raw)
                 if target is None:
@@ -361,6 +372,26 @@ class HttpClient:
             status=raw.status_code,
             temporary=False,
         )
+
+
+def _silence(read_timeout_s: float) -> httpx.Timeout:
+    # pool=None: the semaphores do the waiting, inside the caller's deadline.
+    connect_s = min(CONNECT_TIMEOUT_S, read_timeout_s)
+    return httpx.Timeout(read_timeout_s, connect=connect_s, pool=None)
+
+
+class _Slots:
+    """A semaphore for each host that is asked first: a silent one holds up nobody but those who ask it."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._by_host: dict[tuple[str, str, int], trio.Semaphore] = {}
+
+    def of(self, url: str) -> trio.Semaphore:
+        key = origin(url)
+        if len(self._by_host) >= MAX_REMEMBERED_HOSTS:
+            self._by_host = {one: slot for one, slot in self._by_host.items() if slot.value < self._number}
+        return self._by_host.setdefault(key, trio.Semaphore(self._number))
 
 
 class _Transports(httpx.AsyncBaseTransport):

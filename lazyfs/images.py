@@ -63,7 +63,11 @@ class ImageOptions:
         auth_files = self.auth_files
         if auth_files is None and self.environ is not None:
             auth_files = auth_files_of(self.environ)
-        return SourceOptions(self.insecure, self.ca_files, auth_files, environ=self.environ)
+        # Half of it, so that a connection that fell silent costs a read time, but does not fail it.
+        patience_s = self.timeout_s / 2
+        return SourceOptions(
+            self.insecure, self.ca_files, auth_files, environ=self.environ, patience_s=patience_s
+        )
 
 
 class NeedsIndexError(Exception):

@@ -139,8 +139,9 @@ class Keeper:
                 name = str(message["hold"])
                 if len(name.encode()) > MAX_NAME_BYTES:
                     raise ValueError("name too long")
+                fd = fds.pop()  # first: without one, what is held stays
                 self._drop(name)
-                self._held[name] = fds.pop()
+                self._held[name] = fd
             elif "drop" in message:
                 self._drop(str(message["drop"]))
             elif "let_go" in message:
@@ -283,6 +284,7 @@ class Keeper:
         signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who starts us may have blocked some: `lazyfs run` does
         if not foreground:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         return wakeup

@@ -50,13 +50,21 @@ class Released(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """A root as the predecessor left it."""
+    """A root as the predecessor left it. `layers`: content root and size in bytes of each device."""
 
     image: str
     manifest_digest: str
     options: RequestOptions
     home: dict[str, str]
     targets: list[Attached]
+    layers: list[tuple[str, int]]
+
+    def as_released(self) -> list[Released]:
+        """Its devices, for reads that open the image again."""
+        return [
+            Released(name, size_bytes, self.manifest_digest, self.image, self.options, self.home)
+            for name, size_bytes in self.layers
+        ]
 
 
 def hold_name(manifest_digest: str) -> str:
@@ -83,6 +91,7 @@ def save_state(link: KeeperLink, roots: list[Root], released: list[Released]) ->
                 "options": root.options._asdict(),
                 "home": root.home,
                 "targets": [attached_json(target) for target in root.targets],
+                "layers": [[handle.content_root, handle.size_bytes] for handle in root.image.layers],
             }
             for root in roots
         ],
@@ -107,6 +116,7 @@ def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
             control.parse_options(entry["options"]),
             entry["home"],
             [control.parse_attached(target) for target in entry["targets"]],
+            [(str(name), int(size_bytes)) for name, size_bytes in entry["layers"]],
         )
         for entry in state["roots"]
     ]

@@ -94,7 +94,7 @@ class Sources:
         key = (options.insecure, options.ca_files)
         if key not in self._clients:
             self._clients[key] = _client(options)
-        return open_source(reference, options, self._clients[key].sibling())
+        return open_source(reference, options, self._clients[key].sibling(options.patience_s))
 
     async def aclose(self) -> None:
         """Closes all connections; the sources cannot be used any more."""

@@ -22,7 +22,8 @@ class SourceOptions:
     `insecure`: plain http is allowed to any host, and certificates are not verified. `ca_files`: more trusted
     CAs (PEM). `auth_files`: credential files in order of preference; None = the usual places of this process.
     `environ`: what credential helpers get; None = this process's environment. `max_connections`: for ranges
-    and documents; streams have as many of their own.
+    and documents; streams have as many of their own. `patience_s`: a server that is silent for so long is
+    asked again on a new connection.
     """
 
     insecure: bool = False
@@ -30,3 +31,4 @@ class SourceOptions:
     auth_files: tuple[str, ...] | None = None
     max_connections: int = 8
     environ: Mapping[str, str] | None = None
+    patience_s: float = 30.0

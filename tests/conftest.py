@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,19 @@ COMMAND_DEADLINE_S = 90.0
 Lazyfs = Callable[..., "subprocess.CompletedProcess[str]"]
 
 os.environ[leaks.MARK] = f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A temporary directory (TMPDIR) for this session alone, so that what is left in it was left by us."""
+    tmp_path_factory.getbasetemp()  # made outside of it
+    # Not below the session's base directory, which other users cannot enter.
+    with tempfile.TemporaryDirectory(prefix="lazyfs-tests-") as name, pytest.MonkeyPatch.context() as patch:
+        os.chmod(name, 0o755)
+        leaks.watch_temporary(Path(name))
+        patch.setenv("TMPDIR", name)
+        patch.setattr(tempfile, "tempdir", None)  # it is remembered
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +64,7 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     """An empty cache directory. Its daemon, if one was started, is stopped when the test ends."""
     directory = tmp_path / "cache"
     directory.mkdir(mode=0o700)
+    leaks.watch(directory)
     yield directory
     stop_daemon(directory)
 

@@ -1,7 +1,8 @@
 """What a test must not leave behind: mounts, processes, runtime directories, temporary files.
 
 Only this test session's own traces are looked at, so that another session on the host does no harm: mounts
-below its directories, and processes that carry its mark in their environment.
+below its directories, processes that carry its mark in their environment, the runtime directories of its
+caches, and the temporary directory that it and its processes have to themselves.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from lazyfs import paths
 
 # Set for the whole session and inherited by every process it starts, however often that daemonises.
 MARK = "LAZYFS_TEST_SESSION"
 RUNTIME_ROOT = Path("/run/lazyfs")
 # A daemon drains and unmounts before it ends; far longer than that takes.
 DEADLINE_S = 15.0
+
+_keys: set[str] = set()
+_temporary: list[Path] = []
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,30 @@ class Traces:
         return "\n".join([*lines, *(f"file {path}" for path in sorted(self.files))])
 
 
+def watch_temporary(directory: Path) -> None:
+    """Whatever is below this directory was made by the session."""
+    _temporary.append(directory)
+
+
+def watch(cache: Path) -> None:
+    """The runtime directory of this cache's daemon belongs to the session, also when the cache is gone."""
+    _keys.add(paths.key_of(str(cache)))
+
+
 def traces(base: Path) -> Traces:
     """Mounts below `base`, this session's daemons, and lazyfs' files outside `base`."""
-    temporary = set(Path(tempfile.gettempdir()).glob("*lazyfs*"))
-    runtime = set(RUNTIME_ROOT.iterdir()) if RUNTIME_ROOT.is_dir() else set()
-    return Traces(mounts(base), _daemons(), frozenset(temporary | runtime))
+    temporary = {path for directory in _temporary for path in directory.iterdir()}
+    return Traces(mounts(base), _daemons(), frozenset(temporary | _runtime_directories(base)))
+
+
+def _runtime_directories(base: Path) -> set[Path]:
+    """Those of watched caches, and those that link to a cache below `base`."""
+    found = set()
+    for path in RUNTIME_ROOT.iterdir() if RUNTIME_ROOT.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if path.name in _keys or (path / "cache").readlink().is_relative_to(base):
+                found.add(path)
+    return found
 
 
 def wait_until_gone(base: Path, before: Traces, deadline_s: float = DEADLINE_S) -> Traces:

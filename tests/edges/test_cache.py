@@ -295,16 +295,17 @@ def test_a_full_disk_is_the_hosts_fault_and_the_cache_works_on(tmp_path: Path) -
             store.write_atomically(os.path.join(store.path, "refs", "x"), bytes(800_000))
         assert os.listdir(os.path.join(store.path, "tmp")) == []
         layer.close()
+        del layer  # its table is mapped as long as it lives
 
 
 def test_marks_have_their_space_before_the_disk_is_full(tmp_path: Path) -> None:
     """A store through a memory map into a hole of a full disk would kill the process (SIGBUS)."""
     many = make_layer([1] * 3000)
-    with small_disk(tmp_path / "disk", 1_500_000) as disk:
+    with small_disk(tmp_path / "disk", 14 << 20) as disk:
         store = BlockCache(str(disk / "store"))
         layer = store.create_layer(many.content_root, many.table)
         with contextlib.suppress(OSError), open(disk / "hog", "wb", buffering=0) as hog:
-            while hog.write(bytes(4096)) == 4096:
+            while hog.write(bytes(1 << 20)):
                 pass
         with contextlib.suppress(HostError):
             many.fill(layer)
@@ -313,6 +314,7 @@ def test_marks_have_their_space_before_the_disk_is_full(tmp_path: Path) -> None:
         many.fill(layer)
         assert layer.present_blocks() == 3000
         layer.close()
+        del layer
 
 
 def test_no_room_for_an_entry(tmp_path: Path) -> None:

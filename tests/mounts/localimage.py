@@ -40,15 +40,17 @@ class Disturbance:
         number = connection.fileno()
         async with stream:
             while word := (await stream.receive_some(100)).decode():
+                if word == "freeze":  # without a checkpoint, so before anything that just became ready
+                    os.write(number, b"ok")
+                    select.select([number], [], [])
+                    continue
                 if word.startswith("waiting "):
                     while self.waiting < int(word.split()[1]):
                         await self.changed.wait()
-                elif word != "freeze":
+                else:
                     self.mode = word
                     self.change()
                 await stream.send_all(b"ok")
-                if word == "freeze":
-                    select.select([number], [], [])
 
 
 class LocalLayer:

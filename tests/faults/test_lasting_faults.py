@@ -1,0 +1,77 @@
+"""A registry that does not come back: EIO in time, never zeros, never a hang; and when it is back, all is well."""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Lazyfs
+from tests.faults.conftest import Mount
+from tests.faults.world import GRACE_S, World, assert_io_error, assert_right, read
+from tests.servers import FaultProxy, RegistryServer, Rule
+
+TIMEOUT_S = 2
+LASTING: dict[str, dict[str, object]] = {
+    "500": {"fault": "status", "status": 500},
+    "429": {"fault": "status", "status": 429, "headers": {"Retry-After": "1"}},
+    "forbidden": {"fault": "status", "status": 403},
+    "deleted": {"fault": "status", "status": 404},
+    "reset": {"fault": "reset"},
+    "truncated": {"fault": "truncate", "after_bytes": 100},
+    "flipped": {"fault": "flip", "after_bytes": 2_000},
+    "wrong Content-Range": {"fault": "content_range", "headers": {"Content-Range": "bytes 1-9/10"}},
+    "stall": {"fault": "stall"},
+    "stall in the body": {"fault": "stall", "after_bytes": 2_000},
+    "trickle": {"fault": "slow", "bytes_per_s": 20_000},
+}
+GOOD = LAST_LAYER = 19
+
+
+@pytest.mark.parametrize("backend", ["kernel", "fuse"])
+def test_lasting_faults_are_io_errors_in_time(
+    backend: str, world: World, proxy: FaultProxy, mount: Mount
+) -> None:
+    """Each layer has its fault, all are read at once; meanwhile what is cached, or comes from a sound layer,
+    is served. After the faults the next read of each file succeeds, though silent connections are still open.
+    """
+    target = mount(world.image(proxy.host), f"backend={backend}", f"timeout={TIMEOUT_S}")
+    assert_right(world, target, "l19/large")
+    rules = {
+        name: Rule(**({"path": world.digests[number], "times": None} | fault))  # type: ignore[arg-type]
+        for number, (name, fault) in enumerate(LASTING.items())
+    }
+    proxy.rules[:] = rules.values()
+    paths = [f"l{number}/large" for number in range(len(rules))]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        for number, check in enumerate(
+            [pool.submit(assert_io_error, target / path, TIMEOUT_S + GRACE_S) for path in paths]
+        ):
+            if number == 0:
+                assert_right(world, target, "l19/large", "l19/small", "l0/empty")
+                assert sorted(os.listdir(target / "l0")) == ["empty", "large", "medium", "small"]
+            check.result()
+    assert [name for name, rule in rules.items() if not rule.hits] == []
+    proxy.clear()
+    assert_right(world, target, *paths)
+
+
+def test_a_stopped_registry_fails_reads_until_it_is_back(
+    backend: str, world: World, tmp_path: Path, lazyfs: Lazyfs, mount: Mount
+) -> None:
+    with RegistryServer(tmp_path) as server, FaultProxy(server) as proxy:
+        lazyfs_image(world, server, lazyfs, tmp_path)
+        target = mount(world.image(proxy.host), f"backend={backend}", f"timeout={TIMEOUT_S}")
+        assert_right(world, target, "l0/large")
+        server.close()
+        assert_io_error(target / "l1/large", TIMEOUT_S + GRACE_S)
+        assert_right(world, target, "l0/large", "l0/small")
+        server.__enter__()
+        proxy.upstream = server.host
+        assert_right(world, target, "l1/large", "l2/large")
+        proxy.close()  # connection refused
+        assert_io_error(target / "l3/large", TIMEOUT_S + GRACE_S)
+        assert_right(world, target, "l0/large", "l1/large", "l2/large")

@@ -1,0 +1,80 @@
+"""Fixtures of the system tests: hosts, and images in the registry, with an attached index and without."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import images
+from tests.conftest import Lazyfs
+from tests.layout import Layout, push
+from tests.servers import FaultProxy, RegistryServer
+from tests.system import oddities
+from tests.system.mounting import BACKENDS, Host, host
+from tests.system.trees import Tree, unpacked
+
+Pushed = Callable[[str, str, bool], str]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def machine(lazyfs: Lazyfs, tmp_path: Path, backend: str) -> Iterator[Host]:
+    """A host with an empty cache; every mount of it ends with the test."""
+    with host(lazyfs, tmp_path, backend) as made:
+        yield made
+
+
+@pytest.fixture
+def proxy(registry: RegistryServer) -> Iterator[FaultProxy]:
+    """Stands before the registry and counts."""
+    with FaultProxy(registry) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    return oddities.image(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.fixture(scope="session")
+def layouts(odd: Layout) -> dict[str, Path]:
+    return {"debian": images.debian(), "busybox": images.busybox(), "odd": odd.path}
+
+
+@pytest.fixture(scope="session")
+def trees(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tree]:
+    """What umoci makes of an image; its tags all hold the same tree."""
+
+    @functools.cache
+    def tree(name: str) -> Tree:
+        bundle = tmp_path_factory.mktemp(f"umoci-{name}")
+        return unpacked(images.unpack(layouts[name], "gzip", bundle / "bundle"), bundle.stat().st_mtime_ns)
+
+    return tree
+
+
+@pytest.fixture(scope="session")
+def pushed(
+    layouts: dict[str, Path], registry: RegistryServer, lazyfs: Lazyfs, tmp_path_factory: pytest.TempPathFactory
+) -> Pushed:
+    """Repository and tag of an image variant in the registry: ``pushed("debian", "zstd", indexed)``. The tag
+    "docker" is "gzip" with Docker's schema 2 manifests."""
+    cache = tmp_path_factory.mktemp("index-cache")
+
+    @functools.cache
+    def push_once(name: str, tag: str, indexed: bool) -> str:
+        repository = f"system/{name}-{tag}-{'indexed' if indexed else 'plain'}:latest"
+        source = "gzip" if tag == "docker" else tag
+        push(layouts[name], source, f"{registry.host}/{repository}", docker=tag == "docker")
+        if indexed:
+            lazyfs("index", "--push", "-o", f"cache={cache}", f"{registry.host}/{repository}")
+        return repository
+
+    return push_once
