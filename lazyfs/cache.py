@@ -40,6 +40,10 @@ def _mark(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data) or 1
 
 
+class LayerClosed(HostError):
+    """The layer was let go while somebody read it: open it again."""
+
+
 class _Held:
     """What an open layer holds: descriptors and the map of its marks.
 
@@ -100,7 +104,7 @@ class CachedLayer:
     def _open(self) -> _Held:
         held = self._held
         if held is None:
-            raise HostError(f"layer {self.content_root[:12]} was closed while it was in use", "try again")
+            raise LayerClosed(f"layer {self.content_root[:12]} was closed while it was in use", "try again")
         return held
 
     @property

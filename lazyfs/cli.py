@@ -157,7 +157,8 @@ def _stats(args: argparse.Namespace) -> int:
         _print_json(values)
     else:
         values["targets"] = [target.get("target") for target in query.targets_of(values)]
-        sys.stdout.write(report.facts({"target": entry.mountpoint, **values}))
+        flat = {name: value for name, value in values.items() if not isinstance(value, dict | list)}
+        sys.stdout.write(report.facts({"target": entry.mountpoint, **flat}))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Tasks that succeed or fail together, failing with one error instead of a group of them."""
+"""Tasks that succeed or fail together, failing with one error instead of a group of them; slots by key."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TypeVar
 
 import trio
@@ -10,6 +10,22 @@ import trio
 from lazyfs.errors import LazyfsError
 
 _T = TypeVar("_T")
+_MAX_IDLE_KEYS = 256  # a daemon asks a handful of hosts
+
+
+class Slots:
+    """A semaphore of `number` for each key. Those at rest are forgotten when there are many."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._semaphores: dict[Hashable, trio.Semaphore] = {}
+
+    def of(self, key: Hashable) -> trio.Semaphore:
+        """Enter it at once: there must be no checkpoint in between."""
+        if len(self._semaphores) >= _MAX_IDLE_KEYS:
+            used = {one: slots for one, slots in self._semaphores.items() if slots.value < self._number}
+            self._semaphores = used
+        return self._semaphores.setdefault(key, trio.Semaphore(self._number))
 
 
 async def together(*tasks: Callable[[], Awaitable[object]], at_most: int | None = None) -> None:

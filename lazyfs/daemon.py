@@ -20,31 +20,36 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import trio
 
 from lazyfs import control
-from lazyfs.cache import BlockCache
+from lazyfs.cache import BlockCache, LayerClosed
 from lazyfs.concurrency import beside
 from lazyfs.control import Attached, Request, RequestOptions
 from lazyfs.controlserver import ControlStream, serve
 from lazyfs.detached import clone_mount, erofs_mount_detached
-from lazyfs.errors import HostError, LazyfsError, UserError
+from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
 from lazyfs.fetch import LayerHandle
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
 from lazyfs.images import Image, ImageOptions, ImageStore, NeedsIndexError
 from lazyfs.keeper import parse_arguments
 from lazyfs.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
 from lazyfs.mountinfo import mounts
-from lazyfs.roots import Released, Root, attached_json, hold_name, load_state, save_state
+from lazyfs.roots import Released, Remembered, Root, attached_json, hold_name, load_state, save_state
 
 log = logging.getLogger("lazyfs.daemon")
 
 DEFAULT_LINGER_S = 5.0
 _TICK_S = 1.0
 _REASSURE_S = 10.0
-_DRAIN_S = 40.0  # a read in flight has its own deadline, by default 30 s
+# While it drains, a worker takes no new requests, cached or not; what waits longer for its registry is for
+# the successor to fetch, to whom the kernel sends it again.
+_DRAIN_S = 3.0
+_RESTORE_S = 3.0  # opening what is in the cache takes milliseconds; without it, reads open the image
+_OPENING_DEADLINES = 4  # an image is opened by a few requests, each within timeout=
 
 
 class _Sleeper:
@@ -52,6 +57,7 @@ class _Sleeper:
 
     def __init__(self, daemon: Daemon, released: Released) -> None:
         self._daemon = daemon
+        self._timeout_s = released.options.timeout_s
         self.content_root = released.content_root
         self.size_bytes = released.size_bytes
 
@@ -59,8 +65,39 @@ class _Sleeper:
         return None
 
     async def read(self, address: int, size: int) -> bytes:
-        device = await self._daemon.revive(self.content_root)
-        return await device.read(address, size)
+        try:
+            with trio.fail_after(self._timeout_s):
+                handle = await self._daemon.revive(self.content_root)
+                return await handle.read(address, size)
+        except trio.TooSlowError:
+            raise RemoteError(f"the image did not open within {self._timeout_s:g} s") from None
+        except NeedsIndexError:
+            raise ImageError("the index of a mounted image is gone", "mount the image again") from None
+
+
+class _Awake:
+    """A device whose image is open. Should that be let go during a read, the read opens it again."""
+
+    def __init__(self, daemon: Daemon, handle: LayerHandle) -> None:
+        self._daemon = daemon
+        self.handle = handle
+        self.content_root = handle.content_root
+        self.size_bytes = handle.size_bytes
+
+    def read_cached(self, address: int, size: int) -> bytes | None:
+        try:
+            return self.handle.read_cached(address, size)
+        except LayerClosed:
+            return None
+
+    async def read(self, address: int, size: int) -> bytes:
+        try:
+            return await self.handle.read(address, size)
+        except LayerClosed:
+            device = self._daemon.by_node(node_of(self.content_root))
+            if device is None or (isinstance(device, _Awake) and device.handle is self.handle):
+                raise
+            return await device.read(address, size)
 
 
 class Daemon:
@@ -78,7 +115,7 @@ class Daemon:
         self.status = EXIT_ENDED  # of the process; meaningful once `ending` is set
         self.interrupted = trio.Event()  # a signal came, perhaps after everything was let go
         self._linger_s = linger_s
-        self._nodes: dict[int, LayerHandle] = {}
+        self._nodes: dict[int, _Awake] = {}
         self._released: dict[int, Released] = {}
         self._opening = trio.Lock()
         self._uppers: list[str] = []  # ephemeral upper directories whose overlay has gone
@@ -90,27 +127,30 @@ class Daemon:
         return self.by_node(node_of(content_root))
 
     def by_node(self, nodeid: int) -> Device | None:
-        handle = self._nodes.get(nodeid)
-        if handle is None and (released := self._released.get(nodeid)) is not None:
+        device = self._nodes.get(nodeid)
+        if device is None and (released := self._released.get(nodeid)) is not None:
             return _Sleeper(self, released)
-        return handle
+        return device
 
     def names(self) -> list[str]:
-        return [handle.content_root for handle in list(self._nodes.values())]
+        return [device.content_root for device in list(self._nodes.values())]
 
     async def revive(self, content_root: str) -> LayerHandle:
         """Opens the image of a device that was let go. It then stays open as long as the daemon lives."""
         node = node_of(content_root)
-        async with self._opening:
-            if node not in self._nodes:
-                old = self._released[node]
-                options = _image_options(old.options, old.home)
-                self._add_nodes(await self.store.open(old.image, options, old.manifest_digest))
-            return self._nodes[node]
+        if node not in self._nodes:
+            old = self._released[node]
+            options = _image_options(old.options, old.home)
+            image = await self.store.open(old.image, options, old.manifest_digest)
+            if node in self._nodes:
+                await self.store.close(image)  # another read was faster
+            else:
+                self._add_nodes(image)
+        return self._nodes[node].handle
 
     def _add_nodes(self, image: Image) -> None:
         for handle in image.layers:
-            known = self._nodes.setdefault(node_of(handle.content_root), handle)
+            known = self._nodes.setdefault(node_of(handle.content_root), _Awake(self, handle))
             if known.content_root != handle.content_root:
                 raise HostError("two layers have the same node id", "mount the image with backend=fuse")
 
@@ -152,23 +192,26 @@ class Daemon:
             self._attach(self._root_of(request.attached.image_dev or request.attached.dev), request.attached)
             return {}
         if request.op == "stats" and request.dev is not None:
-            return {"backend": "kernel", **self.store.statistics(self._root_of(request.dev).image)}
+            root = self._root_of(request.dev)
+            return {**_entry(root), **root.image.statistics()}
         if request.op == "list":
             return {"cache": self.store.cache.path, "mounts": [_entry(root) for root in self.roots.values()]}
         if request.op == "stop":
             self._look_at_mounts()  # what only lingers does not count
             if used := sum(root.idle_since is None for root in self.roots.values()):
                 raise UserError(f"{used} images are still mounted", "unmount them first: lazyfs ls")
+        if request.op == "upgrade" and self.link.keeper_gone():
+            raise HostError(
+                "the keeper of this daemon was killed, so nobody would start a successor",
+                "what is mounted lives on; unmount it all, and the next mount starts both anew",
+            )
         if request.op in ("ping", "upgrade", "stop"):
             return {"pid": os.getpid(), "mounts": len(self.roots)}
         raise UserError(f"this daemon does not do {request.op!r}")
 
     async def _mount(self, stream: ControlStream, request: Request) -> None:
-        opening = functools.partial(
-            self.store.open, request.image, _image_options(request.options, request.home)
-        )
         try:
-            image = await beside(functools.partial(_reassure, stream, request.image), opening)
+            image = await self._open(stream, request)
         except NeedsIndexError as error:
             await stream.send(control.needs_index(error.manifest_digest))
             return
@@ -198,6 +241,28 @@ class Daemon:
                 await stream.send(control.ok())
         finally:
             root.pending -= 1
+
+    async def _open(self, stream: ControlStream, request: Request) -> Image:
+        """Opens the image for a client, as long as it waits. Raises LazyfsError, NeedsIndexError."""
+        opened: list[Image] = []
+        limit_s = _OPENING_DEADLINES * request.options.timeout_s
+
+        async def opening() -> None:
+            options = _image_options(request.options, request.home)
+            opened.append(await self.store.open(request.image, options))
+
+        try:
+            with trio.fail_after(limit_s):
+                await beside(functools.partial(_reassure, stream, request.image), opening)
+        except BaseException as error:
+            if opened:  # at the very moment when the client went away
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):
+                    await self.store.close(opened[0])
+            if isinstance(error, trio.TooSlowError):
+                message = f"{request.image} could not be opened within {limit_s:g} s"
+                raise RemoteError(message, "see how the registry is doing, or raise timeout=") from None
+            raise
+        return opened[0]
 
     async def _mount_root(self, image: Image, request: Request) -> Root:
         try:
@@ -239,17 +304,28 @@ class Daemon:
         """Takes up what the predecessor served: with the keeper's descriptors, from the cache."""
         remembered, released = load_state(self.link)
         self._released = {node_of(one.content_root): one for one in released}
-        for old in remembered:
-            try:
-                options = _image_options(old.options, old.home)
+        async with trio.open_nursery() as nursery:
+            for old in remembered:
+                nursery.start_soon(self._restore, old)
+        kept = {root.hold_name for root in self.roots.values()}
+        for name in [one for one in self.link.held if one.startswith(hold_name("")) and one not in kept]:
+            self.link.drop(name)  # the predecessor died between that and saving its state
+
+    async def _restore(self, old: Remembered) -> None:
+        """One image. Not by the network: until this is done nobody is served."""
+        options = replace(_image_options(old.options, old.home), offline=True)
+        try:
+            with trio.fail_after(_RESTORE_S):
                 image = await self.store.open(old.image, options, old.manifest_digest)
-                mount_fd = self.link.held[hold_name(old.manifest_digest)]
-            except (LazyfsError, NeedsIndexError, KeyError) as error:
-                log.error("cannot take up %s again, its uncached data gives EIO: %r", old.image, error)
-                continue
             self._add_nodes(image)
-            root = Root(image, old.options, old.home, _dev_of(mount_fd), old.targets)
-            self.roots[image.manifest_digest] = root
+            mount_fd = self.link.held[hold_name(old.manifest_digest)]
+        except (LazyfsError, NeedsIndexError, KeyError, trio.TooSlowError) as error:
+            log.error("cannot take up %s again; its next read tries to: %r", old.image, error)
+            for one in old.as_released():
+                self._released.setdefault(node_of(one.content_root), one)
+            return
+        root = Root(image, old.options, old.home, _dev_of(mount_fd), old.targets)
+        self.roots[image.manifest_digest] = root
 
     def _save(self) -> None:
         save_state(self.link, list(self.roots.values()), list(self._released.values()))

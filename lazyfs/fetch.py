@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -134,6 +133,10 @@ class Origin:
     windows: Windows
 
 
+class _OriginGone(RemoteError):
+    """The image that a flight was started for has been closed; another one may have the layer, too."""
+
+
 class _Flight:
     """A span on its way. `changed` is set, and replaced, whenever blocks of it were published."""
 
@@ -185,7 +188,7 @@ class LayerFetcher:
             else:
                 await flight.changed.wait()
                 if flight.error is not None:
-                    if flight.sequence <= launched_before:
+                    if flight.sequence <= launched_before or isinstance(flight.error, _OriginGone):
                         continue  # another reader's failure, of a time before this one: try for ourselves
                     raise flight.error
                 if not flight.done or self.layer.has(first):
@@ -287,7 +290,7 @@ class LayerFetcher:
                 failure = failure or error
             else:
                 return
-        raise failure or RemoteError("this layer has no source at present", "the next read tries again")
+        raise failure or _OriginGone("this layer has no source at present", "the next read tries again")
 
     async def _fetch(self, origin: Origin, run: list[Span]) -> None:
         for attempt in range(_DAMAGE_RETRIES + 1):
@@ -451,12 +454,14 @@ class _Assembler:
 class LayerHandle:
     """One layer of an open image: its data device, readable at any address."""
 
-    def __init__(self, layer: CachedLayer, fetcher: LayerFetcher, on_read: Callable[[bool], None]) -> None:
+    def __init__(self, layer: CachedLayer, fetcher: LayerFetcher) -> None:
         self.layer = layer
         self.fetcher = fetcher
         self.content_root = layer.content_root
         self.size_bytes = layer.size_bytes
-        self._on_read = on_read
+        # Reads answered from the cache, and reads that had to fetch. Counted without a lock by several
+        # threads: a lost count is cheaper than a lock on the hot path.
+        self.hits = self.misses = 0
 
     @property
     def timeout_s(self) -> float:
@@ -472,7 +477,10 @@ class LayerHandle:
         thread.
         """
         data = self.layer.read(address, size_bytes)
-        self._on_read(data is not None)
+        if data is None:
+            self.misses += 1
+        else:
+            self.hits += 1
         return data
 
     async def read(self, address: int, size_bytes: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import socket
@@ -13,12 +12,10 @@ from typing import Any
 import trio
 
 from lazyfs import control, paths
-from lazyfs.errors import HostError, LazyfsError, UserError
+from lazyfs.control import Request
+from lazyfs.controlserver import ControlStream, serve
+from lazyfs.errors import HostError, UserError
 from lazyfs.mountinfo import mounts
-
-log = logging.getLogger(__name__)
-
-IDLE_S = 120.0  # a client that joins keeps its connection while it attaches
 
 
 class Attachments:
@@ -26,7 +23,7 @@ class Attachments:
 
     def __init__(self, dev: tuple[int, int], cache: str) -> None:
         self.dev = dev
-        self._cache = cache
+        self.cache = cache
         self._reports: dict[tuple[tuple[int, int], str], bool] = {}  # whether this namespace shows it
         self._uppers: set[str] = set()
 
@@ -34,7 +31,7 @@ class Attachments:
         """Raises UserError for an upper directory that is not the cache's: it would be removed in the end."""
         if report.ephemeral_upper is not None:
             if os.path.realpath(os.path.dirname(report.ephemeral_upper)) != os.path.realpath(
-                paths.uppers_directory(self._cache)
+                paths.uppers_directory(self.cache)
             ):
                 raise UserError(f"{report.ephemeral_upper} is not an upper directory of the cache")
             self._uppers.add(report.ephemeral_upper)
@@ -93,61 +90,36 @@ class ControlServer:
         path = os.path.join(runtime, f"fuse-{os.getpid()}.sock")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # of a process that had our number and was killed
-        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             mask = os.umask(0o177)
             try:
-                await listener.bind(path)
+                listener.bind(path)
             except OSError as error:
                 raise HostError(f"cannot listen at {path}: {error}", "check the runtime directory") from None
             finally:
                 os.umask(mask)
-            listener.listen(16)
-            task_status.started()
-            async with trio.open_nursery() as nursery:
-                while True:
-                    try:
-                        connection, _ = await listener.accept()
-                    except OSError as error:  # out of descriptors: one may be free in a moment
-                        log.warning("control socket: %s", error.strerror)
-                        await trio.sleep(0.1)
-                    else:
-                        nursery.start_soon(self._serve, trio.SocketStream(connection))
-        finally:
-            listener.close()
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            try:
+                listener.listen(16)
+                task_status.started()
+                await serve(listener, self._handle)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        lines = control.LineBuffer()
-        async with stream:
-            with contextlib.suppress(trio.BrokenResourceError, control.ProtocolError):
-                while True:
-                    with trio.move_on_after(IDLE_S) as scope:
-                        data = await stream.receive_some()
-                    if scope.cancelled_caught or not data:
-                        return
-                    lines.feed(data)
-                    while (line := lines.next_line()) is not None:
-                        with trio.move_on_after(IDLE_S):
-                            await stream.send_all(self._answer(line))
+    async def _handle(self, stream: ControlStream, request: Request) -> None:
+        await stream.send(control.ok(**self._answer(request)))
+        if request.op == "stop":
+            self._stop.set()
 
-    def _answer(self, line: bytes) -> bytes:
-        try:
-            request = control.parse_request(line)
-            if request.op == "ping":
-                return control.ok(pid=os.getpid())
-            if request.op == "list":
-                return control.ok(mounts=[{**self._description, "targets": self._attachments.describe()}])
-            if request.op == "stats" and request.dev is not None and self._attachments.has(request.dev):
-                targets = self._attachments.describe()
-                return control.ok(**self._description, targets=targets, **self._counters())
-            if request.op == "attached" and request.attached is not None:
-                self._attachments.add(request.attached)
-                return control.ok()
-            if request.op == "stop":
-                self._stop.set()
-                return control.ok()
-            raise UserError(f"the process of a fuse mount does not do {request.op!r}", "ask the daemon")
-        except LazyfsError as error:
-            return control.failure(error)
+    def _answer(self, request: Request) -> dict[str, Any]:
+        entry = {**self._description, "targets": self._attachments.describe()}
+        if request.op == "list":
+            return {"cache": self._attachments.cache, "mounts": [entry]}
+        if request.op == "stats" and request.dev is not None and self._attachments.has(request.dev):
+            return {**entry, **self._counters()}
+        if request.op == "attached" and request.attached is not None:
+            self._attachments.add(request.attached)
+            return {}
+        if request.op in ("ping", "stop"):
+            return {"pid": os.getpid()}
+        raise UserError(f"the process of a fuse mount does not do {request.op!r}", "ask the daemon")

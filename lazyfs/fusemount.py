@@ -70,6 +70,7 @@ class OpenedImage(Protocol):
     def namespace_path(self) -> str: ...
     @property
     def layers(self) -> Sequence[LayerData]: ...
+    def statistics(self) -> dict[str, Any]: ...
 
 
 Opener = Callable[[str, control.Request], AbstractAsyncContextManager[OpenedImage]]
@@ -98,6 +99,7 @@ async def open_image(cache: str, request: control.Request) -> AsyncIterator[Open
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await store.close(image)
+                await store.aclose()
 
 
 class _Client:
@@ -249,7 +251,7 @@ class _Session:
         }
 
     def _counters(self) -> dict[str, Any]:
-        return {"fuse": self._operations.counters.as_dict()}
+        return {**self._image.statistics(), "fuse": self._operations.counters.as_dict()}
 
     async def _signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

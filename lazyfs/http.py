@@ -27,6 +27,7 @@ from typing import TypeVar
 import httpx
 import trio
 
+from lazyfs.concurrency import Slots
 from lazyfs.errors import HostError, RemoteError
 from lazyfs.transfer import TransferCounters
 from lazyfs.urls import is_link_local, is_loopback, origin, redact, retry_after_s
@@ -133,9 +134,9 @@ class HttpClient:
         self.insecure = insecure
         self.counters = counters if counters is not None else TransferCounters()
         self.retry = retry or RetryPolicy()
-        self._slots = _Slots(max_connections)
-        self._stream_slots = _Slots(max_connections)
-        self._stream_timeout = self._timeout = _silence(read_timeout_s)
+        self._slots = Slots(max_connections)  # by origin: a silent host holds up nobody but who asks it
+        self._stream_slots = Slots(max_connections)
+        self._stream_silence = self._silence = _silence(read_timeout_s)
         # No cookies: nothing here needs them, and they would travel between repositories.
         no_cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
         self._client = httpx.AsyncClient(
@@ -151,7 +152,7 @@ class HttpClient:
         nothing. `patience_s`: silence in an answer that is not a stream, after which it asks again; nor does
         it wait longer between two attempts."""
         sibling = copy.copy(self)
-        sibling._timeout = _silence(patience_s)
+        sibling._silence = _silence(patience_s)
         sibling.retry = replace(self.retry, cap_s=min(self.retry.cap_s, patience_s))
         sibling.counters = TransferCounters()
         sibling._owner = False
@@ -180,8 +181,8 @@ class HttpClient:
         """
 
         async def attempt() -> Response:
-            async with self._slots.of(url):
-                raw = await self._attempt(method, url, headers or {}, content, self._timeout)
+            async with self._slots.of(origin(url)):
+                raw = await self._attempt(method, url, headers or {}, content, self._silence)
                 try:
                     limit = max_body_bytes if raw.status_code < 300 else MAX_ERROR_BODY_BYTES
                     body = await self._read_body(raw, limit)
@@ -201,9 +202,9 @@ class HttpClient:
         """GET with the body as it comes. Retries until the answer begins; then breaks are the caller's."""
 
         async def attempt() -> httpx.Response:
-            return await self._attempt("GET", url, headers or {}, None, self._stream_timeout)
+            return await self._attempt("GET", url, headers or {}, None, self._stream_silence)
 
-        async with self._stream_slots.of(url):
+        async with self._stream_slots.of(origin(url)):
             raw = await self._retrying("GET", url, attempt, self.retry.attempts)
             chunks = self._chunks(raw)
             try:
@@ -244,7 +245,7 @@ class HttpClient:
         url: str,
         headers: Mapping[str, str],
         content: bytes | None,
-        timeout: httpx.Timeout,
+        silence: httpx.Timeout,
     ) -> httpx.Response:
         """One attempt up to the answer's headers; the caller closes it. Redirects are followed."""
         first = origin(url)
@@ -253,7 +254,7 @@ class HttpClient:
             self._check_scheme(url)
             self.counters.requests += 1
             request = self._client.build_request(
-                method, url, headers=headers, content=content, timeout=timeout
+                method, url, headers=headers, content=content, timeout=silence
             )
             raw = await self._client.send(request, stream=True)
             try:
@@ -378,20 +379,6 @@ def _silence(read_timeout_s: float) -> httpx.Timeout:
     # pool=None: the semaphores do the waiting, inside the caller's deadline.
     connect_s = min(CONNECT_TIMEOUT_S, read_timeout_s)
     return httpx.Timeout(read_timeout_s, connect=connect_s, pool=None)
-
-
-class _Slots:
-    """A semaphore for each host that is asked first: a silent one holds up nobody but those who ask it."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._by_host: dict[tuple[str, str, int], trio.Semaphore] = {}
-
-    def of(self, url: str) -> trio.Semaphore:
-        key = origin(url)
-        if len(self._by_host) >= MAX_REMEMBERED_HOSTS:
-            self._by_host = {one: slot for one, slot in self._by_host.items() if slot.value < self._number}
-        return self._by_host.setdefault(key, trio.Semaphore(self._number))
 
 
 class _Transports(httpx.AsyncBaseTransport):

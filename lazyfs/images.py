@@ -272,10 +272,20 @@ class Image:
     lock_fd: int
     users: int = 1
 
-    def blocks(self) -> tuple[int, int]:
-        """Blocks present, and blocks in all, over all layers."""
-        present = sum(handle.layer.present_blocks() for handle in self.layers)
-        return present, sum(handle.layer.table.count for handle in self.layers)
+    def statistics(self) -> dict[str, Any]:
+        """What `lazyfs stats` shows: transfers of the image's source, blocks and reads of its layers, and the
+        memory of the whole process."""
+        counters = self.source.counters
+        return {
+            "bytes_fetched": counters.bytes_fetched,
+            "requests": counters.requests,
+            "retries": counters.retries,
+            "blocks_present": sum(handle.layer.present_blocks() for handle in self.layers),
+            "blocks_total": sum(handle.layer.table.count for handle in self.layers),
+            "cache_hits": sum(handle.hits for handle in self.layers),
+            "cache_misses": sum(handle.misses for handle in self.layers),
+            "memory_bytes": resident_bytes(),
+        }
 
 
 class ImageStore:
@@ -287,8 +297,6 @@ class ImageStore:
         self.cache = cache
         self.images: dict[str, Image] = {}  # by manifest digest
         self.handles: dict[str, LayerHandle] = {}  # by content root
-        self.cache_hits = 0
-        self.cache_misses = 0
         self._nursery = nursery
         self._limits = FetchLimits()
         self._sources = Sources()
@@ -417,7 +425,7 @@ class ImageStore:
         handle = self.handles.get(content_root) or fresh.get(content_root)
         if handle is None:
             layer = self.cache.create_layer(content_root, index.table(numbers[0]))
-            handle = LayerHandle(layer, LayerFetcher(layer, self._limits, self._nursery), self._count)
+            handle = LayerHandle(layer, LayerFetcher(layer, self._limits, self._nursery))
             fresh[content_root] = handle
         spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, index.spans(numbers[0]))
         if spans.tar_bytes < handle.layer.table.tar_bytes:
@@ -430,34 +438,10 @@ class ImageStore:
             resolved.source, record.blob_digest, spans, Windows(record.window_groups, groups, remote)
         )
 
-    def _count(self, hit: bool) -> None:
-        if hit:
-            self.cache_hits += 1
-        else:
-            self.cache_misses += 1
-
     async def aclose(self) -> None:
         """Closes the connections of all sources. The last act."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
             await self._sources.aclose()
-
-    def statistics(self, image: Image) -> dict[str, Any]:
-        """What `lazyfs stats` shows of an image: transfers of its source, blocks of its layers; hits and
-        memory are those of the whole process."""
-        present, blocks = image.blocks()
-        counters = image.source.counters
-        return {
-            "image": image.reference,
-            "manifest_digest": image.manifest_digest,
-            "bytes_fetched": counters.bytes_fetched,
-            "requests": counters.requests,
-            "retries": counters.retries,
-            "blocks_present": present,
-            "blocks_total": blocks,
-            "cache_hits": self.cache_hits,
-            "cache_misses": self.cache_misses,
-            "memory_bytes": resident_bytes(),
-        }
 
     async def close(self, image: Image) -> None:
         """One user less; with the last one the image's source and the layers nobody else uses are closed."""

@@ -96,7 +96,8 @@ class KeeperLink:
 
     def hold(self, name: str, fd: int) -> None:
         """Has `fd` kept for successors. It is now owned here, in `held`, and closed by `drop`. A descriptor
-        held under that name before is replaced, in one message: killed at any moment, we leave one of them."""
+        held under that name before is replaced, in one message: killed at any moment, we leave one of the
+        two."""
         if len(name.encode()) > MAX_NAME_BYTES:
             raise ValueError("name too long")
         if name in self.held:

@@ -116,7 +116,7 @@ def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
             control.parse_options(entry["options"]),
             entry["home"],
             [control.parse_attached(target) for target in entry["targets"]],
-            [(str(name), int(size_bytes)) for name, size_bytes in entry["layers"]],
+            [(str(name), int(size_bytes)) for name, size_bytes in entry.get("layers", [])],
         )
         for entry in state["roots"]
     ]

@@ -147,7 +147,7 @@ async def rig(kind: str, *faults: Fault, timeout_s: float = 30.0) -> AsyncIterat
             fetcher = LayerFetcher(layer, FetchLimits(timeout_s=timeout_s), nursery)
             windows = Windows(kept.groups, directory, (cast(Source, source), "windows"))
             fetcher.add_origin(Origin(cast(Source, source), "layer", kept.spans, windows))
-            handle = LayerHandle(layer, fetcher, lambda hit: None)
+            handle = LayerHandle(layer, fetcher)
             handle.timeout_s = timeout_s
             yield Rig(handle, source, nursery)
             nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""A registry that fails for a moment: readers notice nothing. One mount for all, each fault on its own layer."""
+"""A registry that fails for a moment: no reader notices. One mount for all, each fault on its own layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests import leaks
-from tests.conftest import Lazyfs, stop_daemon, unmount
+from tests.conftest import Lazyfs, unmount
+from tests.faults.processes import end_daemon
 from tests.faults.world import BLOBS, LAYERS, World, assert_right
-from tests.servers import FaultProxy, RegistryServer, Rule, TokenServer
+from tests.servers import FaultProxy, RegistryServer, Rule
 
 TEMPORARY: dict[str, dict[str, object]] = {
     "500": {"fault": "status", "status": 500},
@@ -64,7 +65,7 @@ def mounted(
             yield Mounted(target, proxy)
         finally:
             unmount(target)
-            stop_daemon(cache)
+            end_daemon(cache)
             leaks.wait_until_gone(base, before)
 
 
@@ -74,17 +75,3 @@ def test_a_passing_fault_is_not_noticed(name: str, world: World, mounted: Mounte
     mounted.proxy.rules[:] = [rule]
     assert_right(world, mounted.target, *mounted.unread())
     assert rule.hits > 0
-
-
-def test_a_redirect_takes_no_credentials_along(
-    world: World,
-    lazyfs: Lazyfs,
-    backend: str,
-    cache: Path,
-    target: Path,
-    tmp_path: Path,
-) -> None:
-    """The registry asks for a login, and redirects blobs to a store at another port that needs none."""
-    config = tmp_path / "docker"
-    config.mkdir()
-    (config / "config.json").write_text("{}")

@@ -1,8 +1,7 @@
-"""A registry that does not come back: EIO in time, never zeros, never a hang; and when it is back, all is well."""
+"""A registry that does not come back: EIO in time, no zeros, no hang; and when it is back, all is well."""
 
 from __future__ import annotations
 
-import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from tests.conftest import Lazyfs
 from tests.faults.conftest import Mount
-from tests.faults.world import GRACE_S, World, assert_io_error, assert_right, read
+from tests.faults.world import GRACE_S, World, assert_io_error, assert_right, upload
 from tests.servers import FaultProxy, RegistryServer, Rule
 
 TIMEOUT_S = 2
@@ -60,10 +59,11 @@ def test_lasting_faults_are_io_errors_in_time(
 
 
 def test_a_stopped_registry_fails_reads_until_it_is_back(
-    backend: str, world: World, tmp_path: Path, lazyfs: Lazyfs, mount: Mount
+    backend: str, world: World, tmp_path: Path, lazyfs: Lazyfs, cache: Path, mount: Mount
 ) -> None:
     with RegistryServer(tmp_path) as server, FaultProxy(server) as proxy:
-        lazyfs_image(world, server, lazyfs, tmp_path)
+        upload(world, server.host)
+        lazyfs("index", "--push", "-o", f"cache={cache}", world.image(server.host))
         target = mount(world.image(proxy.host), f"backend={backend}", f"timeout={TIMEOUT_S}")
         assert_right(world, target, "l0/large")
         server.close()

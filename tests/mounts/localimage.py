@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -91,6 +92,9 @@ class LocalImage:
     manifest_digest: str
     namespace_path: str
     layers: Sequence[LocalLayer]
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
 
 
 def main() -> int:
