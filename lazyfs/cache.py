@@ -375,7 +375,9 @@ class BlockCache:
                 self.set_aside(path)
 
     def set_aside(self, path: str) -> str:
-        """Takes an entry out of the way, to the path returned; `lazyfs cache gc` deletes it if nobody does before."""
+        """Takes an entry out of the way, to the path returned; `lazyfs cache gc` deletes it if
+        nobody does before.
+        """
         name = f"{REMOVED}{os.getpid()}-{os.urandom(4).hex()}-{os.path.basename(path)}"
         grave = os.path.join(self.path, "tmp", name)
         with contextlib.suppress(OSError):

@@ -92,13 +92,14 @@ def index(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_missing_index(image: str, options: MountOptions, push: bool) -> None:
-    """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index."""
+def build_missing_index(image: str, options: MountOptions, push: bool, *, quiet: bool = False) -> None:
+    """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index.
+    `quiet`: without a word on standard error."""
     cache = BlockCache(paths.cache_directory(options.cache))
 
     async def work() -> None:
         async with _Resolving(cache, image, options) as resolved:
-            built = await _build(cache, resolved, fill=True)
+            built = await _build(cache, resolved, fill=True, quiet=quiet)
             if push:
                 await attach_index(resolved.source, resolved, built)
 
@@ -121,10 +122,12 @@ class _Resolving:
             await self._resolved.source.aclose()
 
 
-async def _build(cache: BlockCache, resolved: Resolved, *, fill: bool) -> BuiltIndex:
+async def _build(
+    cache: BlockCache, resolved: Resolved, *, fill: bool, quiet: bool = False
+) -> BuiltIndex:
     with trio.fail_after(_DOCUMENTS_S):
         config = parse_config(await load_config(cache, resolved))
-    with LayerBars(sys.stderr) as bars:
+    with LayerBars(None if quiet else sys.stderr) as bars:
         built = await build_index(resolved, config, cache if fill else None, bars.update)
     groups = os.path.join(make_index_directory(cache, resolved.manifest_digest), "groups")
     for offset, group in built.window_groups.items():
@@ -209,7 +212,7 @@ def cache(args: argparse.Namespace) -> int:
                 print(f"the entry of layer {content_root[:12]} cannot be used: lazyfs cache prune removes it")
         return 1 if damaged or broken else 0
     if args.action == "gc" and not args.max_size_bytes:
-        raise UserError("gc needs a size to fit", "write for example --max-size 20G; prune removes all unused")
+        raise UserError("gc needs a size to fit", "for example --max-size 20G; prune removes all unused")
     freed, left = evict.collect(store, 0 if args.action == "prune" else args.max_size_bytes)
     if args.json:
         print(json.dumps({"freed_bytes": freed, "left_bytes": left}))

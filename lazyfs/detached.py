@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 
+from lazyfs.errors import HostError
 from lazyfs.linux import (
     MOUNT_NODEV,
     MOUNT_NOSUID,
@@ -77,7 +78,13 @@ def erofs_mount_detached(namespace_path: str, device_paths: Sequence[str], direc
             fsconfig_string(context_fd, "device", path)
         if directio:
             fsconfig_flag(context_fd, "directio")
-        fsconfig_create(context_fd, f"EROFS from {namespace_path}")
+        try:
+            fsconfig_create(context_fd, f"EROFS from {namespace_path}")
+        except SyscallError as error:
+            if error.errno == errno.ENOTBLK:  # it has no read_folio, or the kernel no file-backed EROFS
+                message = "the kernel cannot mount EROFS from a file on the cache's file system (tmpfs?)"
+                raise HostError(message, "choose a cache=DIR on a disk, or backend=fuse") from None
+            raise
         return fsmount(context_fd, SAFE)
     finally:
         os.close(context_fd)

@@ -131,6 +131,15 @@ class Origin:
     blob_digest: str
     spans: SpanTable
     windows: Windows
+    fetching: set[trio.CancelScope] = field(default_factory=set)  # what is under way from here
+    changed: trio.Event = field(default_factory=trio.Event)  # set, and replaced, when something of it ended
+
+    async def stop(self) -> None:
+        """Cancels what is under way, and waits for its end: the source may be closed then."""
+        for scope in self.fetching:
+            scope.cancel()
+        while self.fetching:
+            await self.changed.wait()
 
 
 class _OriginGone(RemoteError):
@@ -208,9 +217,13 @@ class LayerFetcher:
                 origin.spans = known.spans  # one flight serves both images
         self.origins.insert(0, origin)
 
-    def remove_origins(self, source: Source) -> None:
-        """Forgets the places that belong to `source`, which is about to be closed."""
+    def remove_origins(self, source: Source) -> list[Origin]:
+        """Forgets the places that belong to `source`, which is about to be closed; stop() them
+        before that.
+        """
+        gone = [origin for origin in self.origins if origin.source is source]
         self.origins = [origin for origin in self.origins if origin.source is not source]
+        return gone
 
     def _start(self, missing: list[int]) -> _Flight | None:
         """Sees to it that all spans of the missing blocks are under way. No checkpoint.
@@ -284,12 +297,17 @@ class LayerFetcher:
         for origin in list(self.origins):
             if origin.spans is not spans:
                 continue
-            try:
-                await self._fetch(origin, run)
-            except LazyfsError as error:
-                failure = failure or error
-            else:
-                return
+            with trio.CancelScope() as scope:
+                origin.fetching.add(scope)
+                try:
+                    await self._fetch(origin, run)
+                    return
+                except LazyfsError as error:
+                    failure = failure or error
+                finally:
+                    origin.fetching.discard(scope)
+                    origin.changed.set()
+                    origin.changed = trio.Event()
         raise failure or _OriginGone("this layer has no source at present", "the next read tries again")
 
     async def _fetch(self, origin: Origin, run: list[Span]) -> None:

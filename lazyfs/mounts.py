@@ -185,7 +185,7 @@ def _until_indexed(job: _Job, ask: Callable[[], dict[str, Any]]) -> dict[str, An
     job.progress(f"{job.image} has no index: reading its layers once (`lazyfs index --push` attaches one)")
     from lazyfs.commands import build_missing_index
 
-    build_missing_index(job.image, job.options, job.push_index)
+    build_missing_index(job.image, job.options, job.push_index, quiet=job.progress is _ignore)
     reply = ask()
     if reply.get("needs_index") is True:
         raise HostError(

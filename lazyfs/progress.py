@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class LayerBars:
-    """Use as a context manager; call `update` as often as you like."""
+    """Use as a context manager; call `update` as often as you like. Nothing is shown without a stream."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._said: set[str] = set()
 
     def __enter__(self) -> LayerBars:
-        if self._stream.isatty():
+        if self._stream is not None and self._stream.isatty():
             # imported here: a script's run has no use for it, and it takes 0.1 s
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -43,6 +43,8 @@ class LayerBars:
 
     def update(self, layer: LayerProgress) -> None:
         """Shows how far a layer is."""
+        if self._stream is None:
+            return
         name = layer.digest.removeprefix("sha256:")[:12]
         if self._progress is not None:
             if layer.digest not in self._tasks:

@@ -57,7 +57,7 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, int) and (name.endswith("_bytes") or name.rpartition(".")[2].startswith("bytes_")):
         return f"{human_bytes(value)} ({value:,})"
     if isinstance(value, int):
-        return f"{value:,}"
+        return str(value) if name == "pid" else f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(printable(item) for item in value) or "-"
     return "-" if value is None else printable(value)

@@ -1,4 +1,6 @@
-"""The index blob: what goes in comes out; damaged, foreign or hostile bytes give ImageError and nothing else."""
+"""The index blob: what goes in comes out; damaged, foreign or hostile bytes give ImageError and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,13 @@ def make_table() -> bytes:
 
 TABLE = make_table()
 RECORD = LayerRecord(
-    MANIFEST, 1000, MANIFEST, Compression.GZIP, 1 << 30, hashlib.sha256(TABLE).hexdigest(), ((0, 500), (500, 9))
+    MANIFEST,
+    1000,
+    MANIFEST,
+    Compression.GZIP,
+    1 << 30,
+    hashlib.sha256(TABLE).hexdigest(),
+    ((0, 500), (500, 9)),
 )
 BLOB = encode_index(MANIFEST, NAMESPACE, [RECORD], [pack_table(TABLE)], [SPANS])
 
@@ -131,7 +139,9 @@ def test_a_hostile_header_gives_an_image_error(number: int) -> None:
         read_all(with_header(HOSTILE[number]))
 
 
-@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"version": 1' + b"0" * 10_000 + b"}", b"\xff", b"NaN", b""])
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"version": 1' + b"0" * 10_000 + b"}", b"\xff", b"NaN", b""]
+)
 def test_a_header_that_is_no_json_gives_an_image_error(text: bytes) -> None:
     stored = zstd.compress(text)
     with pytest.raises(ImageError):

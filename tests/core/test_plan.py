@@ -30,7 +30,8 @@ def test_a_run_holds_the_wanted_span_its_wanted_neighbours_and_no_more_than_a_re
     if run.stop in wanted:  # it stopped for its size only
         assert spans[run.stop].blob_end - spans[first].blob_start > REQUEST_BYTES
     # Whatever the order, in the end each wanted span was in exactly one run.
-    left, runs = set(wanted), []
+    left = set(wanted)
+    runs: list[int] = []
     while left:
         one = next_run(left, spans, data.draw(st.sampled_from(sorted(left))))
         left.difference_update(one)

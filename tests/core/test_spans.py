@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,9 @@ TAR_BYTES = BLOB_BYTES = 1 << 30
 def starts(draw: st.DrawFn) -> list[tuple[int, int, int, bool]]:
     places = st.lists(st.integers(1, TAR_BYTES - 1), unique=True, max_size=8)
     blobs, tars = sorted(draw(places)), sorted(draw(places))
-    entries = [(b, t, draw(st.integers(0, 7)), draw(st.booleans())) for b, t in zip(blobs, tars, strict=False)]
+    entries = [
+        (b, t, draw(st.integers(0, 7)), draw(st.booleans())) for b, t in zip(blobs, tars, strict=False)
+    ]
     return [(10, 0, 0, False), *[entry for entry in entries if entry[0] > 10]]
 
 
@@ -30,11 +33,13 @@ def test_spans_tile_the_layer_and_covering_finds_them(
     spans = [table[number] for number in range(len(table))]
     assert [(s.blob_start, s.tar_start, s.shift, s.window is not None) for s in spans] == entries
     assert [s.tar_end for s in spans] == [*[s.tar_start for s in spans[1:]], TAR_BYTES]
-    for span, after in zip(spans, spans[1:], strict=False):
+    for span, after in pairwise(spans):
         assert span.blob_end == after.blob_start + (after.shift > 0)
     assert [s.window for s in spans if s.window is not None] == list(range(table.windows))
     end = min(start + size, TAR_BYTES)
-    assert list(table.covering(start, end)) == [s.number for s in spans if s.tar_start < end and start < s.tar_end]
+    assert list(table.covering(start, end)) == [
+        s.number for s in spans if s.tar_start < end and start < s.tar_end
+    ]
 
 
 @given(st.integers(0, 3 << 20), st.data())

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import trio
 from backports import zstd
 
 from lazyfs.cache import BlockCache
 from lazyfs.core.index import Index
 from lazyfs.core.oci import parse_config
-from lazyfs.images import ImageOptions, Resolved, load_config, resolve
+from lazyfs.images import ImageOptions, ImageStore, Resolved, load_config, resolve
 from lazyfs.indexer import BuiltIndex, build_index
 from tests.layertar import LayerTar
 from tests.layout import GZIP, Layout
@@ -65,12 +66,24 @@ def write_image(path: Path, layers: Sequence[bytes], compression: str = GZIP, ta
 
 
 @asynccontextmanager
-async def resolved(cache: BlockCache, reference: str, options: ImageOptions = OPTIONS) -> AsyncIterator[Resolved]:
+async def resolved(
+    cache: BlockCache, reference: str, options: ImageOptions = OPTIONS
+) -> AsyncIterator[Resolved]:
     found = await resolve(cache, reference, options)
     try:
         yield found
     finally:
         await found.source.aclose()
+
+
+@asynccontextmanager
+async def image_store(cache: BlockCache) -> AsyncIterator[ImageStore]:
+    async with trio.open_nursery() as nursery:
+        images = ImageStore(cache, nursery)
+        try:
+            yield images
+        finally:
+            await images.aclose()
 
 
 async def indexed(cache: BlockCache, reference: str, *, fill: bool = False) -> tuple[BuiltIndex, Index]:

@@ -1,4 +1,6 @@
-"""The block cache: what it gives is right or absent, whatever happened to its files, and to the processes using it."""
+"""The block cache: what it gives is right or absent, whatever happened to its files, and to the
+processes using it.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_whatever_happens_to_its_files_a_block_is_right_or_absent(data: st.DataO
         LAYER.fill(layer)
         layer.close()
         for _ in range(data.draw(st.integers(1, 3))):
-            damage(data, entry(store, LAYER, data.draw(st.sampled_from(["data", "present", "table", "lock"]))))
+            damage(
+                data, entry(store, LAYER, data.draw(st.sampled_from(["data", "present", "table", "lock"])))
+            )
         layer = store.create_layer(LAYER.content_root, LAYER.table)
         try:
             for block in range(layer.table.count):
@@ -117,7 +121,9 @@ def damage(data: st.DataObject, path: str) -> None:
             file.seek(start)
             old = file.read(1 if kind == "flip" else data.draw(st.integers(1, size)))
             file.seek(start)
-            file.write(bytes(len(old)) if kind == "zero" else bytes([old[0] ^ data.draw(st.integers(1, 255))]))
+            file.write(
+                bytes(len(old)) if kind == "zero" else bytes([old[0] ^ data.draw(st.integers(1, 255))])
+            )
 
 
 def test_a_data_file_cut_while_open_is_noticed(store: BlockCache) -> None:
@@ -179,7 +185,9 @@ def test_many_threads_read_and_fill_one_layer(store: BlockCache) -> None:
 
 
 def test_closing_below_busy_threads_never_touches_another_file(store: BlockCache, tmp_path: Path) -> None:
-    """A descriptor's number is used again at once: a write that came too late would land in the wrong file."""
+    """A descriptor's number is used again at once: a write that came too late would land in the
+    wrong file.
+    """
     for round_number in range(20):
         layer = store.create_layer(LAYER.content_root, LAYER.table)
         started = threading.Barrier(3)
@@ -248,7 +256,9 @@ def fill(store: BlockCache, layer: TestLayer) -> None:
 
 
 @pytest.mark.parametrize("present", [range(0), range(3), None])
-def test_a_fill_makes_a_complete_entry_also_beside_an_open_one(store: BlockCache, present: range | None) -> None:
+def test_a_fill_makes_a_complete_entry_also_beside_an_open_one(
+    store: BlockCache, present: range | None
+) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer, present)
     fill(store, LAYER)

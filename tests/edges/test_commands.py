@@ -24,7 +24,9 @@ def run(lazyfs: Lazyfs, tmp_path: Path) -> Callable[..., Any]:
     """The command with a cache of its own; its JSON if it prints some."""
 
     def command(*words: str, check: bool = True) -> Any:
-        option = ["--cache", str(tmp_path / "store")] if words[0] == "cache" else ["-o", f"cache={tmp_path}/store"]
+        option = (
+            ["--cache", str(tmp_path / "store")] if words[0] == "cache" else ["-o", f"cache={tmp_path}/store"]
+        )
         result = lazyfs(*words, *option, check=check)
         return json.loads(result.stdout) if check and "--json" in words else result
 
@@ -62,7 +64,9 @@ def test_what_cannot_be_had_is_one_line_and_an_exit_code(run: Callable[..., Any]
     ):
         result = run(*words, check=False)
         assert result.returncode == code, result.stderr
-        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr and "bug" not in result.stderr
+        assert (
+            result.stderr.count("\n") == 1 and "Traceback" not in result.stderr and "bug" not in result.stderr
+        )
 
 
 def test_cache_commands(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -74,7 +78,11 @@ def test_cache_commands(run: Callable[..., Any], tmp_path: Path) -> None:
     assert [(one["kind"], one["name"], one["in_use"]) for one in used["entries"]] == [
         ("layer", made.content_root, True)
     ]
-    assert run("cache", "verify", "--json") == {"checked_blocks": 1, "damaged_blocks": 0, "broken_entries": []}
+    assert run("cache", "verify", "--json") == {
+        "checked_blocks": 1,
+        "damaged_blocks": 0,
+        "broken_entries": [],
+    }
     assert run("cache", "gc", "--max-size", "1", "--json")["freed_bytes"] == 0
     layer.close()
     with open(entry(store, made, "data"), "r+b") as file:

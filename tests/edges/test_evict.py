@@ -1,4 +1,6 @@
-"""Making room: only what nobody uses goes, the least recently used first; killed anywhere, nothing is broken."""
+"""Making room: only what nobody uses goes, the least recently used first; killed anywhere, nothing
+is broken.
+"""
 
 from __future__ import annotations
 

@@ -19,9 +19,18 @@ from lazyfs.core.erofsread import ErofsReader
 from lazyfs.core.index import Index
 from lazyfs.core.tar import Kind
 from lazyfs.errors import ImageError, LazyfsError
-from lazyfs.images import Image, ImageStore
+from lazyfs.images import Image
 from tests.edges import localimages
-from tests.edges.localimages import OPTIONS, big_layer, empty_layer, indexed, noise, small_layer, write_image
+from tests.edges.localimages import (
+    OPTIONS,
+    big_layer,
+    empty_layer,
+    image_store,
+    indexed,
+    noise,
+    small_layer,
+    write_image,
+)
 from tests.layertar import LayerTar
 from tests.layout import GZIP, PLAIN, ZSTD, ZSTD_FRAMES, Layout
 
@@ -81,7 +90,9 @@ async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
 ) -> None:
     reference = write_image(tmp_path / "image", [big_layer(), small_layer(), empty_layer()], compression)
     built, index = await indexed(store, reference)
-    assert [layer.compression for layer in index.layers] == [compression.split("-")[0].replace("none", "plain")] * 3
+    assert [layer.compression for layer in index.layers] == [
+        compression.split("-")[0].replace("none", "plain")
+    ] * 3
     assert store.content_roots() == []
     expected = from_tar(big_layer()) | from_tar(small_layer())
     del expected["/data/2"], expected["/data/.wh.2"]
@@ -92,8 +103,7 @@ async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
     async with localimages.resolved(store, reference) as found:
         keep_index(store, found.manifest_digest, built.index, windows_digest(built))
         await found.source.push_blob(built.windows)
-    async with trio.open_nursery() as nursery:
-        images = ImageStore(store, nursery)
+    async with image_store(store) as images:
         image = await images.open(reference, OPTIONS)
         assert await read_files(image) == expected
         assert image.source.counters.bytes_fetched > 0
@@ -203,7 +213,9 @@ async def test_a_broken_layer_is_a_clear_error_and_leaves_nothing(
     store: BlockCache, tmp_path: Path, compression: str, fault: str
 ) -> None:
     layout = Layout(tmp_path / "image")
-    descriptor, diff_id = layout.add_layer(big_layer() if fault != "not a tar" else b"no tar" * 500, compression)
+    descriptor, diff_id = layout.add_layer(
+        big_layer() if fault != "not a tar" else b"no tar" * 500, compression
+    )
     blob = layout.blob_path(descriptor["digest"])
     data = bytearray(blob.read_bytes())
     if fault == "cut":

@@ -15,7 +15,6 @@ from lazyfs.core.oci import Descriptor, build_artifact
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
 from lazyfs.images import (
     ImageOptions,
-    ImageStore,
     NeedsIndexError,
     Resolved,
     index_directory,
@@ -25,7 +24,15 @@ from lazyfs.images import (
 )
 from lazyfs.indexer import BuiltIndex
 from lazyfs.publish import attach_index, windows_digest, write_layout
-from tests.edges.localimages import OPTIONS, big_layer, indexed, resolved, small_layer, write_image
+from tests.edges.localimages import (
+    OPTIONS,
+    big_layer,
+    image_store,
+    indexed,
+    resolved,
+    small_layer,
+    write_image,
+)
 from tests.edges.test_indexer import from_tar, read_files
 from tests.layout import push
 from tests.servers import RegistryServer
@@ -55,8 +62,7 @@ async def test_an_image_in_a_registry_with_an_attached_index_mounts_from_an_empt
         first = await attach_index(found.source, found, built)
         assert await attach_index(found.source, found, built) == first  # safe to repeat
     user = BlockCache(str(tmp_path / "user"))
-    async with trio.open_nursery() as nursery:
-        images = ImageStore(user, nursery)
+    async with image_store(user) as images:
         image = await images.open(reference, OPTIONS)
         assert await read_files(image) == from_tar(big_layer())
         digest = image.manifest_digest
@@ -105,7 +111,9 @@ async def test_a_damaged_note_or_manifest_is_asked_for_again(store: BlockCache, 
             assert path.read_bytes() == good
 
 
-async def attach(found: Resolved, tables: bytes, windows: bytes | None, media_type: str = INDEX_MEDIA_TYPE) -> None:
+async def attach(
+    found: Resolved, tables: bytes, windows: bytes | None, media_type: str = INDEX_MEDIA_TYPE
+) -> None:
     source = found.source
     await source.push_blob(b"{}")
     layers = [Descriptor(media_type, await source.push_blob(tables), len(tables))]
@@ -135,13 +143,13 @@ async def test_bad_indexes_are_passed_over_for_a_good_one(store: BlockCache, tmp
         assert windows == windows_digest(built)
         # It was kept; rot in it, or in the note about its windows, leads back to the attached one.
         directory = index_directory(store, found.manifest_digest)
-        assert Path(directory, "index").read_bytes() == built.index
+        assert await trio.Path(directory, "index").read_bytes() == built.index
         for name in ("index", "windows"):
-            Path(directory, name).write_bytes(b"")
+            await trio.Path(directory, name).write_bytes(b"")
             with pytest.raises(NeedsIndexError):
                 await load_index(store, found, offline=True)
             await load_index(store, found)
-            assert Path(directory, name).read_bytes()
+            assert await trio.Path(directory, name).read_bytes()
 
 
 async def test_an_index_can_be_written_to_a_layout_of_its_own(store: BlockCache, tmp_path: Path) -> None:
@@ -167,8 +175,7 @@ async def test_images_that_are_opened_twice_are_shared_and_closed_with_the_last_
         async with resolved(store, image_reference) as found:
             built = await build(store, image_reference)
             await attach_index(found.source, found, built)
-    async with trio.open_nursery() as nursery:
-        images = ImageStore(store, nursery)
+    async with image_store(store) as images:
         opened = []
 
         async def open_one(text: str) -> None:
@@ -198,8 +205,7 @@ async def test_a_failed_open_leaves_nothing_open(store: BlockCache, tmp_path: Pa
     built = await build(store, reference)
     async with resolved(store, reference) as found:
         keep_index(store, found.manifest_digest, built.index, windows_digest(built))
-    async with trio.open_nursery() as nursery:
-        images = ImageStore(store, nursery)
+    async with image_store(store) as images:
         before = len(os.listdir("/proc/self/fd"))
         config = json.loads(found.manifest_bytes)["config"]["digest"].removeprefix("sha256:")
         kept = tmp_path / "image/blobs/sha256" / config
@@ -211,7 +217,7 @@ async def test_a_failed_open_leaves_nothing_open(store: BlockCache, tmp_path: Pa
         kept.write_bytes(content)
         os.chmod(store.path, 0o700)
         os.rename(os.path.join(store.path, "layers"), os.path.join(store.path, "moved"))
-        Path(store.path, "layers").write_text("")
+        await trio.Path(store.path, "layers").write_text("")
         with pytest.raises(LazyfsError):
             await images.open(reference, OPTIONS)
         os.unlink(os.path.join(store.path, "layers"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def world(registry: RegistryServer, lazyfs: Lazyfs, tmp_path_factory: pytest.Tem
     built = worlds.build(tmp_path_factory.mktemp("faults-image"))
     worlds.upload(built, registry.host)
     scratch = tmp_path_factory.mktemp("faults-index")
-    lazyfs("index", "--push", "-o", f"cache={scratch}", built.image(registry.host))
+    for image in (built.image(registry.host), f"{registry.host}/{built.other}:v1"):
+        lazyfs("index", "--push", "-o", f"cache={scratch}", image)
     return built
 
 
@@ -45,8 +47,7 @@ def mount(lazyfs: Lazyfs, cache: Path, tmp_path: Path) -> Iterator[Mount]:
     targets: list[Path] = []
 
     def at_a_new_place(image: str, *options: str) -> Path:
-        target = tmp_path / f"mount-{len(targets)}"
-        target.mkdir()
+        target = Path(tempfile.mkdtemp(prefix="mount-", dir=tmp_path))
         targets.append(target)
         lazyfs("mount", "-o", ",".join([f"cache={cache}", *options]), image, target)
         return target

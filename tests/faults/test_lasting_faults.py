@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import Lazyfs
 from tests.faults.conftest import Mount
-from tests.faults.world import GRACE_S, World, assert_io_error, assert_right, upload
+from tests.faults.world import BLOBS, GRACE_S, LAYERS, World, assert_io_error, assert_right
 from tests.servers import FaultProxy, RegistryServer, Rule
 
 TIMEOUT_S = 2
@@ -27,7 +26,6 @@ LASTING: dict[str, dict[str, object]] = {
     "stall in the body": {"fault": "stall", "after_bytes": 2_000},
     "trickle": {"fault": "slow", "bytes_per_s": 20_000},
 }
-GOOD = LAST_LAYER = 19
 
 
 @pytest.mark.parametrize("backend", ["kernel", "fuse"])
@@ -59,19 +57,33 @@ def test_lasting_faults_are_io_errors_in_time(
 
 
 def test_a_stopped_registry_fails_reads_until_it_is_back(
-    backend: str, world: World, tmp_path: Path, lazyfs: Lazyfs, cache: Path, mount: Mount
+    backend: str, world: World, proxy: FaultProxy, mount: Mount
 ) -> None:
-    with RegistryServer(tmp_path) as server, FaultProxy(server) as proxy:
-        upload(world, server.host)
-        lazyfs("index", "--push", "-o", f"cache={cache}", world.image(server.host))
-        target = mount(world.image(proxy.host), f"backend={backend}", f"timeout={TIMEOUT_S}")
-        assert_right(world, target, "l0/large")
-        server.close()
-        assert_io_error(target / "l1/large", TIMEOUT_S + GRACE_S)
-        assert_right(world, target, "l0/large", "l0/small")
-        server.__enter__()
-        proxy.upstream = server.host
-        assert_right(world, target, "l1/large", "l2/large")
-        proxy.close()  # connection refused
-        assert_io_error(target / "l3/large", TIMEOUT_S + GRACE_S)
-        assert_right(world, target, "l0/large", "l1/large", "l2/large")
+    target = mount(world.image(proxy.host), f"backend={backend}", f"timeout={TIMEOUT_S}")
+    assert_right(world, target, "l0/large")
+    registry_host, proxy.upstream = proxy.upstream, "127.0.0.1:9"  # discard: nobody listens
+    proxy.break_connections()
+    assert_io_error(target / "l1/large", TIMEOUT_S + GRACE_S)
+    assert_right(world, target, "l0/large", "l0/small")
+    proxy.upstream = registry_host
+    assert_right(world, target, "l1/large", "l2/large")
+    proxy.close()  # connection refused
+    assert_io_error(target / "l3/large", TIMEOUT_S + GRACE_S)
+    assert_right(world, target, "l0/large", "l1/large", "l2/large")
+
+
+def test_a_silent_registry_does_not_hold_up_another(
+    backend: str, world: World, proxy: FaultProxy, registry: RegistryServer, mount: Mount
+) -> None:
+    """Far more reads than there are connections wait for one registry; the other one's image is read."""
+    silent = mount(world.image(proxy.host), f"backend={backend}", f"timeout={TIMEOUT_S}")
+    sound = mount(f"{registry.host}/{world.other}:v1", f"backend={backend}", f"timeout={TIMEOUT_S}")
+    proxy.rules[:] = [Rule("stall", times=None)]
+    paths = [f"l{number}/large" for number in range(LAYERS)]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        waiting = [pool.submit(assert_io_error, silent / path, TIMEOUT_S + GRACE_S) for path in paths]
+        while len(proxy.matching("GET", BLOBS)) < 8:
+            time.sleep(0.01)
+        assert (sound / "other").read_bytes() == world.other_content
+        for wait in waiting:
+            wait.result()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.layertar import LayerTar
@@ -36,10 +36,17 @@ class World:
     truth: Mapping[str, bytes]
     layout: Path
     digests: list[str]  # of the layers' blobs
-    bulk: list[str] = field(default_factory=list)
+    bulk: list[str]
+    plain: str  # a repository with the same image and no index
+    other: str  # repository of another, small image, with the file "other"
+    other_content: bytes
 
     def image(self, host: str) -> str:
         return f"{host}/{self.repository}:v1"
+
+    def manifest(self) -> bytes:
+        layout = Layout(self.layout)
+        return layout.blob_path(layout.resolve("v1")["digest"]).read_bytes()
 
 
 def _content(rng: random.Random, size: int) -> bytes:
@@ -73,11 +80,17 @@ def build(directory: Path) -> World:
     layers.append(layout.add_layer(tar.data(), GZIP))
     layout.tag("v1", layout.add_image(layers, {"Cmd": ["/bin/sh"]}))
     digests = [descriptor["digest"] for descriptor, _ in layers]
-    return World("faults", truth, directory, digests, [path for path in truth if path.startswith("bulk/")])
+    other = _content(rng, 300_000)
+    tar = LayerTar().file("other", other)
+    layout.tag("other", layout.add_image([layout.add_layer(tar.data(), GZIP)]))
+    bulk = [path for path in truth if path.startswith("bulk/")]
+    return World("faults", truth, directory, digests, bulk, "plain", "other", other)
 
 
 def upload(world: World, host: str) -> None:
     push(world.layout, "v1", world.image(host))
+    push(world.layout, "v1", f"{host}/{world.plain}:v1")
+    push(world.layout, "other", f"{host}/{world.other}:v1")
 
 
 @dataclass

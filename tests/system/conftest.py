@@ -39,6 +39,12 @@ def proxy(registry: RegistryServer) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="session")
+def image() -> str:
+    """A small image that needs no server."""
+    return f"oci:{images.busybox()}:gzip"
+
+
+@pytest.fixture(scope="session")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     return oddities.image(tmp_path_factory.mktemp("odd"))
 
