@@ -80,13 +80,15 @@ def _mount(args: argparse.Namespace) -> int:
     if args.options.foreground:
         from lazyfs.foreground import hold
 
-        hold(lambda: _mount_once(args))
+        hold(lambda on_attached: _mount_once(args, on_attached))
     else:
         _mount_once(args)
     return 0
 
 
-def _mount_once(args: argparse.Namespace) -> Mounted:
+def _mount_once(
+    args: argparse.Namespace, on_attached: Callable[[Mounted], None] | None = None
+) -> Mounted:
     from lazyfs import mounts
     from lazyfs.report import ProgressLine
 
@@ -95,7 +97,12 @@ def _mount_once(args: argparse.Namespace) -> Mounted:
     show = progress if args.verbose or sys.stderr.isatty() else None
     try:
         mounted = mounts.mount(
-            args.image, args.target, args.options, push_index=args.push_index, on_progress=show
+            args.image,
+            args.target,
+            args.options,
+            push_index=args.push_index,
+            on_progress=show,
+            on_attached=on_attached,
         )
     finally:
         progress.clear()

@@ -16,7 +16,12 @@ from lazyfs import evict, paths
 from lazyfs.cache import BlockCache
 from lazyfs.core.oci import parse_config
 from lazyfs.errors import LazyfsError, RemoteError, UserError
-from lazyfs.images import (
+from lazyfs.indexer import BuiltIndex, build_index
+from lazyfs.options import MountOptions
+from lazyfs.progress import LayerBars
+from lazyfs.publish import attach_index, windows_digest, write_layout
+from lazyfs.report import human_bytes, table
+from lazyfs.resolve import (
     ImageOptions,
     NeedsIndexError,
     Resolved,
@@ -27,11 +32,6 @@ from lazyfs.images import (
     make_index_directory,
     resolve,
 )
-from lazyfs.indexer import BuiltIndex, build_index
-from lazyfs.options import MountOptions
-from lazyfs.progress import LayerBars
-from lazyfs.publish import attach_index, windows_digest, write_layout
-from lazyfs.report import human_bytes, table
 
 # Finding an image's documents takes a few small requests; reading its layers is bounded by stalls, not in
 # all.

@@ -420,7 +420,8 @@ class Connection:
                     "see its daemon.log, or raise timeout=",
                 ) from None
             except OSError as error:
-                raise DaemonGone(f"the connection to the daemon broke: {error.strerror}") from None
+                message = f"the connection to the daemon broke: {error.strerror}"
+                raise DaemonGone(message, "see its daemon.log") from None
             self._fds += fds
             if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
                 raise ProtocolError("the daemon sent too many descriptors", "see its daemon.log")

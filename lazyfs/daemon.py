@@ -19,7 +19,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +34,11 @@ from lazyfs.detached import clone_mount, erofs_mount_detached
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
 from lazyfs.fetch import LayerHandle
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
-from lazyfs.images import Image, ImageOptions, ImageStore, NeedsIndexError
+from lazyfs.images import Image, ImageStore
 from lazyfs.keeper import parse_arguments
 from lazyfs.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
-from lazyfs.mountinfo import mounts
+from lazyfs.mountinfo import MountEntry, mounts
+from lazyfs.resolve import ImageOptions, NeedsIndexError
 from lazyfs.roots import Released, Remembered, Root, attached_json, hold_name, load_state, save_state
 
 log = logging.getLogger("lazyfs.daemon")
@@ -66,11 +67,11 @@ class _Sleeper:
 
     async def read(self, address: int, size: int) -> bytes:
         try:
-            with trio.fail_after(self._timeout_s):
+            with trio.fail_after(self._timeout_s / 2):  # as in LayerHandle.read
                 handle = await self._daemon.revive(self.content_root)
                 return await handle.read(address, size)
         except trio.TooSlowError:
-            raise RemoteError(f"the image did not open within {self._timeout_s:g} s") from None
+            raise RemoteError(f"the image did not open within {self._timeout_s / 2:g} s") from None
         except NeedsIndexError:
             raise ImageError("the index of a mounted image is gone", "mount the image again") from None
 
@@ -355,10 +356,12 @@ class Daemon:
                 await trio.sleep(_TICK_S)
 
     def _look_at_mounts(self) -> None:
-        seen = {entry.dev for entry in mounts()}
+        seen: dict[tuple[int, int], list[MountEntry]] = {}
+        for entry in mounts():
+            seen.setdefault(entry.dev, []).append(entry)
         changed = False
         for root in self.roots.values():
-            for target in [target for target in root.targets if target.dev not in seen]:
+            for target in [target for target in root.targets if not _is_shown(target, seen.get(target.dev, []))]:
                 root.targets.remove(target)
                 changed = True
                 if target.ephemeral_upper is not None:
@@ -396,6 +399,15 @@ class Daemon:
         self.roots.clear()
         self.link.let_go()
         self._save()
+
+
+def _is_shown(target: Attached, entries: Sequence[MountEntry]) -> bool:
+    """Whether `entries` of its device number have the mount. That of an overlay is soon another one's when it has
+    gone, so there the upper directory decides."""
+    if target.ephemeral_upper is None:
+        return bool(entries)
+    name = os.path.basename(target.ephemeral_upper)
+    return any(name in option for entry in entries for option in entry.super_options)
 
 
 def _entry(root: Root) -> dict[str, Any]:

@@ -10,20 +10,19 @@ from __future__ import annotations
 import collections
 import logging
 import os
-import threading
 import weakref
 from dataclasses import dataclass, field
 
 import trio
 
+from lazyfs.assemble import Assembler, Fragments
 from lazyfs.cache import CachedLayer
-from lazyfs.core.deflate import WINDOW_BYTES
-from lazyfs.core.index import unpack_windows
-from lazyfs.core.plan import REQUEST_BYTES, Readahead, next_run, spans_for_block
-from lazyfs.core.spans import WINDOWS_PER_GROUP, Span, SpanTable
+from lazyfs.core.plan import REQUEST_BYTES, SLACK_BYTES, Readahead, next_run, spans_for_block
+from lazyfs.core.spans import Compression, Span, SpanTable
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError
 from lazyfs.inflate import SpanDecoder
 from lazyfs.source import Source
+from lazyfs.windows import Windows
 
 log = logging.getLogger("lazyfs.fetch")
 
@@ -33,9 +32,13 @@ _DAMAGE_RETRIES = 2
 # How often a block may still be absent though a span of it came: it may lie in a few spans, each fetched
 # again.
 _MAX_ROUNDS = 12
-# Pieces of blocks whose other part lies in a span not fetched yet, kept in memory by layer.
-_MAX_FRAGMENTS = 32
-_GROUPS_IN_MEMORY = 4
+# Decoders of spans that were fetched in part, kept by layer (measured: 0.1 MB each; a zstd one has the window
+# of its frame, 8 MB and more).
+_MAX_CURSORS = 16
+_MAX_FRAME_CURSORS = 2
+# When a readahead fails, the kernel asks once more for the page that read(2) waits for. What the first of the
+# two has set going goes on meanwhile.
+_KERNEL_ASKS = 2
 
 
 @dataclass
@@ -57,70 +60,6 @@ class FetchLimits:
         if source is None:
             return trio.Semaphore(1)
         return self._slots.setdefault(source, trio.Semaphore(self.requests))
-
-
-class Windows:
-    """The windows of one layer, by group, from a file in the cache or by range from the index artifact."""
-
-    def __init__(
-        self,
-        groups: tuple[tuple[int, int], ...],
-        directory: str,
-        remote: tuple[Source, str] | None,
-    ) -> None:
-        self._groups = groups
-        self._directory = directory  # holds one file a group, named by the group's offset in the windows blob
-        self._remote = remote  # source and digest of the windows blob
-        self._recent: collections.OrderedDict[int, bytes] = collections.OrderedDict()
-        self._lock = trio.Lock()
-
-    async def get(self, number: int) -> bytes:
-        """Window number `number` of the layer, 32 KiB. Raises LazyfsError."""
-        group, place = divmod(number, WINDOWS_PER_GROUP)
-        async with self._lock:  # single flight; held across one small request that has its own deadline
-            raw = self._recent.get(group)
-            if raw is None:
-                raw = await self._load(group)
-                self._recent[group] = raw
-                if len(self._recent) > _GROUPS_IN_MEMORY:
-                    self._recent.popitem(last=False)
-        window = raw[place * WINDOW_BYTES : (place + 1) * WINDOW_BYTES]
-        if len(window) != WINDOW_BYTES:
-            raise ImageError("the index lacks a window that a span needs", "index the image again")
-        return window
-
-    async def _load(self, group: int) -> bytes:
-        if group >= len(self._groups):
-            raise ImageError("the index lacks a window that a span needs", "index the image again")
-        offset, length = self._groups[group]
-        path = os.path.join(self._directory, str(offset))
-        try:
-            return unpack_windows(_read_at_most(path, length + 1))
-        except (OSError, ImageError):  # not fetched yet, or rotten
-            pass
-        if self._remote is None:
-            raise ImageError("the windows of a local index are missing", "index the image again")
-        source, digest = self._remote
-        stored = await source.blob_range(digest, offset, offset + length)
-        raw = unpack_windows(stored)
-        try:
-            _write(path, stored)
-        except OSError as error:
-            log.warning("cannot keep windows in the cache: %s", error)
-        return raw
-
-
-def _read_at_most(path: str, size_bytes: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size_bytes)
-
-
-def _write(path: str, data: bytes) -> None:
-    """A small file (tens of kilobytes, not synced: well below what a thread would cost)."""
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
 
 
 @dataclass
@@ -147,10 +86,13 @@ class _OriginGone(RemoteError):
 
 
 class _Flight:
-    """A span on its way. `changed` is set, and replaced, whenever blocks of it were published."""
+    """A span on its way, at least up to the plain byte `target` of the layer. `changed` is set, and replaced,
+    whenever blocks of it were published.
+    """
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
+        self.target = 0
         self.changed = trio.Event()
         self.error: LazyfsError | None = None
         self.done = False
@@ -158,6 +100,15 @@ class _Flight:
     def tell(self) -> None:
         self.changed.set()
         self.changed = trio.Event()
+
+
+@dataclass
+class _Cursor:
+    """A span that was decoded in part: its decoder, and where in the blob and the plain layer it stands."""
+
+    decoder: SpanDecoder
+    blob_at: int
+    tar_at: int
 
 
 class LayerFetcher:
@@ -173,7 +124,9 @@ class LayerFetcher:
         self._wanted: collections.defaultdict[SpanTable, set[int]] = collections.defaultdict(set)
         self._flights: dict[tuple[SpanTable, int], _Flight] = {}
         self._launched = 0  # flights so far
-        self._fragments = _Fragments(layer)
+        # Owned by the flight of its span while there is one. The most recently used are kept.
+        self._cursors: collections.OrderedDict[tuple[SpanTable, int], _Cursor] = collections.OrderedDict()
+        self._fragments = Fragments(layer)
         self._readahead = Readahead()
 
     async def ensure(self, blocks: range) -> None:
@@ -200,7 +153,7 @@ class LayerFetcher:
                     if flight.sequence <= launched_before or isinstance(flight.error, _OriginGone):
                         continue  # another reader's failure, of a time before this one: try for ourselves
                     raise flight.error
-                if not flight.done or self.layer.has(first):
+                if not flight.done or self.layer.has(first) or flight.target < self._end_of(first):
                     continue
             rounds += 1
             if rounds > _MAX_ROUNDS:
@@ -234,28 +187,45 @@ class LayerFetcher:
         first_flight: _Flight | None = None
         for block in missing:
             for number in spans_for_block(self.layer.table, spans, block):
-                if (spans, number) not in self._flights:
-                    if self._fragments.holds(block, spans[number]):
-                        continue  # it came with a neighbour, and waits for the block's other part
-                    self._launch(spans, number)
+                if (spans, number) in self._flights:
+                    self._aim(spans, number, self._end_of(block) + SLACK_BYTES)
+                elif self._fragments.holds(block, spans[number]):
+                    continue  # it came with a neighbour, and waits for the block's other part
+                else:
+                    self._launch(spans, number, self._end_of(block) + SLACK_BYTES)
                 if first_flight is None:
                     first_flight = self._flights[spans, number]
             if first_flight is None:
                 return None
         first, last = (spans_for_block(self.layer.table, spans, block) for block in (missing[0], missing[-1]))
-        for number in self._readahead.after(first.start, last.stop):
+        ahead = self._readahead.after(first.start, last.stop)
+        if ahead:  # what goes through a layer in order wants whole spans
+            for number in range(first.start, last.stop):
+                self._aim(spans, number, spans[number].tar_end)
+        for number in ahead:
             if number < len(spans) and (spans, number) not in self._flights and self._lacks(spans[number]):
-                self._launch(spans, number)
+                self._launch(spans, number, spans[number].tar_end)
         return first_flight
+
+    def _end_of(self, block: int) -> int:
+        """Where a block ends in the plain layer."""
+        return self.layer.table.tar_offsets[block] + self.layer.table.lengths[block]
+
+    def _aim(self, spans: SpanTable, number: int, target: int) -> None:
+        """Has a span that is wanted, but not under way yet, fetched further."""
+        if number in self._wanted.get(spans, ()):
+            flight = self._flights[spans, number]
+            flight.target = max(flight.target, target)
 
     def _lacks(self, span: Span) -> bool:
         """Whether a block of the span is absent; one that lies wholly in it stands for all."""
         blocks = self.layer.table.from_tar(span.tar_start, span.tar_end)
         return bool(self.layer.missing(blocks[1:-1] or blocks))
 
-    def _launch(self, spans: SpanTable, number: int) -> None:
+    def _launch(self, spans: SpanTable, number: int, target: int) -> None:
         self._launched += 1
         self._flights[spans, number] = _Flight(self._launched)
+        self._flights[spans, number].target = target
         self._wanted[spans].add(number)
         self._nursery.start_soon(self._fly, spans, number)
 
@@ -268,7 +238,8 @@ class LayerFetcher:
                 if number not in wanted:
                     run = range(0)
                     return  # another task took it along
-                run = next_run(wanted, spans, number)
+                begun = {one for table, one in self._cursors if table is spans}
+                run = next_run(wanted, spans, number, begun)
                 wanted.difference_update(run)
                 await self._fetch_from_any(spans, [spans[one] for one in run])
                 error = None
@@ -330,143 +301,76 @@ class LayerFetcher:
         )
 
     async def _fetch_once(self, origin: Origin, run: list[Span]) -> int:
-        """Fetches and publishes one run; returns how many blocks did not verify."""
-        assembler = _Assembler(self.layer, self._fragments, run[0].tar_start)
-        if len(run) == 1 and run[0].blob_end - run[0].blob_start > 2 * REQUEST_BYTES:
-            await self._stream(origin, run[0], assembler)
-            return assembler.bad
-        windows = [await self._window(origin, span) for span in run]
-        base = run[0].blob_start
-        data = await self._range(origin, base, run[-1].blob_end)
+        """Fetches and publishes one run; returns how many blocks did not verify.
 
-        def decode() -> None:
-            for span, window in zip(run, windows, strict=True):
-                decoder = SpanDecoder(origin.spans.compression, span, window)
-                for raw in decoder.feed(data[span.blob_start - base : span.blob_end - base]):
+        Its last span is fetched only as far as it is wanted. Its first one goes on where it was left.
+        """
+        spans = origin.spans
+        last = run[-1]
+        target = min(self._flights[spans, last.number].target, last.tar_end)
+        cursor = self._cursors.pop((spans, run[0].number), None)
+        if cursor is None or cursor.tar_at >= (target if len(run) == 1 else run[0].tar_end):
+            # Never begun, or begun and nevertheless wanted: a block of it was damaged.
+            cursor = _Cursor(await self._decoder(origin, run[0]), run[0].blob_start, run[0].tar_start)
+        decoders = [cursor.decoder] + [await self._decoder(origin, span) for span in run[1:]]
+        assembler = Assembler(self.layer, self._fragments, cursor.tar_at)
+        end = spans.blob_end_for(last, target)
+        if end <= cursor.blob_at:  # it was to lead there, and did not
+            end = last.blob_end
+
+        def decode(data: bytes, start: int) -> None:
+            for span, decoder in zip(run, decoders, strict=True):
+                piece = data[max(0, span.blob_start - start) : max(0, span.blob_end - start)]
+                if not piece or decoder.done:
+                    continue
+                for raw in decoder.feed(piece):
                     assembler.add(raw)
-                decoder.finish()
+                if span is not last:
+                    decoder.finish()
 
-        await trio.to_thread.run_sync(decode, limiter=self._limits.decoders)
+        # One request, but for a span that is larger than that (a layer of a single zstd frame).
+        while cursor.blob_at < end and assembler.at < target:
+            stop = end if len(run) > 1 else min(end, cursor.blob_at + REQUEST_BYTES)
+            data = await self._range(origin, cursor.blob_at, stop)
+            await trio.to_thread.run_sync(decode, data, cursor.blob_at, limiter=self._limits.decoders)
+            cursor.blob_at = stop
+            self._flights[spans, last.number].tell()
+        if assembler.at >= last.tar_end or cursor.blob_at >= last.blob_end:
+            decoders[-1].finish()
+        elif not assembler.bad:
+            self._keep(spans, last.number, _Cursor(decoders[-1], cursor.blob_at, assembler.at))
         return assembler.bad
 
-    async def _stream(self, origin: Origin, span: Span, assembler: _Assembler) -> None:
-        """A span too large for one request (a layer of a single zstd frame): request by request, in order."""
-        window = await self._window(origin, span)
-        decoder = SpanDecoder(origin.spans.compression, span, window)
+    def _keep(self, spans: SpanTable, number: int, cursor: _Cursor) -> None:
+        self._cursors[spans, number] = cursor
+        limit = _MAX_FRAME_CURSORS if spans.compression is Compression.ZSTD else _MAX_CURSORS
+        while len(self._cursors) > limit:
+            self._cursors.popitem(last=False)
 
-        def decode(data: bytes) -> None:
-            for raw in decoder.feed(data):
-                assembler.add(raw)
-
-        for start in range(span.blob_start, span.blob_end, REQUEST_BYTES):
-            data = await self._range(origin, start, min(start + REQUEST_BYTES, span.blob_end))
-            await trio.to_thread.run_sync(decode, data, limiter=self._limits.decoders)
-            self._flights[origin.spans, span.number].tell()
-        decoder.finish()
+    async def _decoder(self, origin: Origin, span: Span) -> SpanDecoder:
+        return SpanDecoder(origin.spans.compression, span, await self._window(origin, span))
 
     async def _window(self, origin: Origin, span: Span) -> bytes:
         if span.window is None:
             return b""
         try:
-            with trio.fail_after(self._request_s()):
+            with trio.fail_after(self.timeout_s):
                 return await origin.windows.get(span.window)
         except trio.TooSlowError:
             raise self._too_slow() from None
 
-    def _request_s(self) -> float:
-        """How long one request may take. A reader with a short deadline need not get what it asked for by its
-        first read, but its next one must not wait long for a request that was made when the server was down.
-        """
-        return max(self.timeout_s, min(2 * self.timeout_s, self._limits.timeout_s))
-
     def _too_slow(self) -> RemoteError:
         return RemoteError(
-            f"the registry did not deliver within {self._request_s():g} s",
+            f"the registry did not deliver within {self.timeout_s:g} s",
             "try again, or raise timeout=",
         )
 
     async def _range(self, origin: Origin, start: int, end: int) -> bytes:
         try:
-            with trio.fail_after(self._request_s()):
+            with trio.fail_after(self.timeout_s):
                 return await origin.source.blob_range(origin.blob_digest, start, end)
         except trio.TooSlowError:
             raise self._too_slow() from None
-
-
-class _Fragments:
-    """Parts of blocks that straddle two spans, until the other part comes. Shared by decoding threads."""
-
-    def __init__(self, layer: CachedLayer) -> None:
-        self._layer = layer
-        self._lock = threading.Lock()
-        self._parts: collections.OrderedDict[int, dict[int, bytes]] = collections.OrderedDict()
-
-    def holds(self, block: int, span: Span) -> bool:
-        """Whether the part of the block that lies in this span is kept here."""
-        offset = max(0, span.tar_start - self._layer.table.tar_offsets[block])
-        with self._lock:
-            return offset in self._parts.get(block, ())
-
-    def forget(self, blocks: list[int]) -> None:
-        """Drops all parts of these blocks."""
-        with self._lock:
-            for block in blocks:
-                self._parts.pop(block, None)
-
-    def add(self, block: int, offset: int, part: bytes) -> bytes | None:
-        """Keeps a part; returns the whole block if this was what was missing. Forget it once it is published:
-        until then nobody must think that its parts have to be fetched again.
-        """
-        with self._lock:
-            parts = self._parts.setdefault(block, {})
-            parts[offset] = part
-            self._parts.move_to_end(block)
-            pieces = []
-            end = 0
-            for start in sorted(parts):
-                if start > end:
-                    break
-                pieces.append(parts[start][end - start :])
-                end = max(end, start + len(parts[start]))
-            if end == self._layer.table.lengths[block]:
-                return b"".join(pieces)
-            if len(self._parts) > _MAX_FRAGMENTS:
-                self._parts.popitem(last=False)
-            return None
-
-
-class _Assembler:
-    """Consecutive plain bytes of a layer -> whole blocks, published. Used by one thread at a time."""
-
-    def __init__(self, layer: CachedLayer, fragments: _Fragments, tar_start: int) -> None:
-        self._layer = layer
-        self._fragments = fragments
-        self._at = tar_start
-        self.bad = 0
-
-    def add(self, raw: bytes) -> None:
-        start, end = self._at, self._at + len(raw)
-        self._at = end
-        table = self._layer.table
-        view = memoryview(raw)
-        for block in table.from_tar(start, end):
-            if self._layer.has(block):
-                continue
-            first = table.tar_offsets[block]
-            last = first + table.lengths[block]
-            low, high = max(first, start), min(last, end)
-            part = view[low - start : high - start]
-            if low == first and high == last:
-                self._publish(block, part)
-            elif (whole := self._fragments.add(block, low - first, bytes(part))) is not None:
-                try:
-                    self._publish(block, whole)
-                finally:
-                    self._fragments.forget([block])
-
-    def _publish(self, block: int, content: bytes | memoryview) -> None:
-        if not self._layer.publish(block, content):
-            self.bad += 1
 
 
 class LayerHandle:
@@ -483,7 +387,7 @@ class LayerHandle:
 
     @property
     def timeout_s(self) -> float:
-        """Within this a read ends."""
+        """Within this a read(2) ends, and a request to the registry."""
         return self.fetcher.timeout_s
 
     @timeout_s.setter
@@ -502,12 +406,12 @@ class LayerHandle:
         return data
 
     async def read(self, address: int, size_bytes: int) -> bytes:
-        """The bytes, fetched if need be, within `timeout_s`; raises LazyfsError. Never short, never zeros for
-        data.
+        """The bytes, fetched if need be, within its share of `timeout_s`; raises LazyfsError. Never short,
+        never zeros for data.
         """
         blocks = self.layer.table.overlapping(address, size_bytes)
         try:
-            with trio.fail_after(self.timeout_s):
+            with trio.fail_after(self.timeout_s / _KERNEL_ASKS):
                 while True:
                     await self.fetcher.ensure(blocks)
                     data = self.layer.read(address, size_bytes)

@@ -12,18 +12,24 @@ from lazyfs.errors import UserError
 from lazyfs.mounts import Mounted
 
 
-def hold(mount: Callable[[], Mounted]) -> None:
-    """Calls `mount` and returns when somebody has unmounted the result. SIGTERM and SIGINT, at any time,
-    unmount it: lazily, so that busy files do not keep the command from ending. SIGINT then goes on as
-    KeyboardInterrupt, SIGTERM as SystemExit(0)."""
+def hold(mount: Callable[[Callable[[Mounted], None]], Mounted]) -> None:
+    """Calls `mount` and returns when somebody has unmounted the result, which `mount` tells to its argument as
+    soon as it is attached (mounts.mount, `on_attached`). SIGTERM and SIGINT, at any time, unmount it: lazily, so
+    that busy files do not keep the command from ending. SIGINT then goes on as KeyboardInterrupt, SIGTERM as
+    SystemExit(0)."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    previous = signal.signal(signal.SIGTERM, end)
     mounted: Mounted | None = None
+
+    def remember(attached: Mounted) -> None:
+        nonlocal mounted
+        mounted = attached
+
+    previous = signal.signal(signal.SIGTERM, end)
     try:
-        mounted = mount()
+        mounted = mount(remember)
         unmount.wait_until_unmounted(mounted.target, mounted.dev)
     except (KeyboardInterrupt, SystemExit):
         if mounted is not None:

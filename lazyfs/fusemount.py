@@ -84,7 +84,8 @@ class NoIndexError(Exception):
 async def open_image(cache: str, request: control.Request) -> AsyncIterator[OpenedImage]:
     """The image of `request`, from the cache directory `cache`. Raises LazyfsError, NoIndexError."""
     from lazyfs.cache import BlockCache
-    from lazyfs.images import ImageOptions, ImageStore, NeedsIndexError
+    from lazyfs.images import ImageStore
+    from lazyfs.resolve import ImageOptions, NeedsIndexError
 
     os.environ.update(request.home)  # this process has this one image, so the client's environment is its own
     async with trio.open_nursery() as nursery:
@@ -292,6 +293,7 @@ def _wake(*_: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    os.chdir("/")
     parser = argparse.ArgumentParser(prog="lazyfs.fusemount", description="Serve one image through FUSE.")
     parser.add_argument("--cache", required=True)
     parser.add_argument("--runtime", required=True)

@@ -22,13 +22,13 @@ from lazyfs.core.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder, pack_
 from lazyfs.core.erofs import Device, write_erofs
 from lazyfs.core.index import LayerRecord, encode_index
 from lazyfs.core.oci import Descriptor, ImageConfig
-from lazyfs.core.spans import Compression, detect_compression, encode_spans
+from lazyfs.core.spans import Compression, detect_compression, encode_points
 from lazyfs.core.tar import Kind, TarData, TarEntry, TarReader
 from lazyfs.core.tree import LayerEntry, Node, flatten
 from lazyfs.errors import ImageError
 from lazyfs.fill import LayerFill
-from lazyfs.images import Resolved
 from lazyfs.inflate import layer_inflater
+from lazyfs.resolve import Resolved
 
 _LAYERS_AT_ONCE = 3
 _CHUNK_BYTES = 1 << 20
@@ -184,9 +184,9 @@ async def _scan_layer(
                         progress.done_bytes += len(chunk)
                         on_progress(progress)
                         buffer += chunk
-                        if len(buffer) >= _CHUNK_BYTES:
-                            await blob_in.send(bytes(buffer))
-                            buffer.clear()
+                        while len(buffer) >= _CHUNK_BYTES:  # equal ones: the index depends on the blob alone
+                            await blob_in.send(bytes(buffer[:_CHUNK_BYTES]))
+                            del buffer[:_CHUNK_BYTES]
                 if buffer:
                     await blob_in.send(bytes(buffer))
 
@@ -203,7 +203,7 @@ async def _scan_layer(
                 if inflater is None:
                     raise ImageError(f"layer {layer.digest} is empty")
                 await trio.to_thread.run_sync(list, inflater.finish())
-                pieces.append(_Inflated(compression, encode_spans(inflater.starts), inflater.window_groups))
+                pieces.append(_Inflated(compression, encode_points(inflater.points), inflater.window_groups))
 
         async def parse() -> None:
             with plain_out:

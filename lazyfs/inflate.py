@@ -1,15 +1,11 @@
 """Compressed layers to plain bytes: the whole stream once, noting entry points; later, any span on its own.
 
-Three libraries, each for what only it can do: the system's libz through ctypes tells where deflate blocks
-begin (Z_BLOCK; no Python binding offers it), isal decodes a span three times as fast as zlib (measured: 7
-against 22 ms for 4.2 MB), backports.zstd is Python 3.14's own zstd module.
+isal decodes a span of a gzip layer three times as fast as zlib (measured: 7 against 22 ms for 4.2 MB);
+backports.zstd is Python 3.14's own zstd module. How gzip layers are scanned is in gzipscan.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import functools
 from collections.abc import Iterator
 from typing import Protocol, cast
 
@@ -17,10 +13,9 @@ from backports import zstd
 from isal import isal_zlib
 
 from lazyfs.core import deflate
-from lazyfs.core.deflate import WINDOW_BYTES
-from lazyfs.core.index import pack_windows
-from lazyfs.core.spans import SPAN_BYTES, WINDOWS_PER_GROUP, Compression, Span
-from lazyfs.errors import HostError, ImageError
+from lazyfs.core.spans import FRAME_SPAN_BYTES, Compression, Point, PointKind, Span
+from lazyfs.errors import ImageError
+from lazyfs.gzipscan import GzipInflater
 
 CHUNK_BYTES = 1 << 20
 _IsalError = cast("type[Exception]", isal_zlib.error)  # the package's stubs declare an instance
@@ -28,19 +23,16 @@ _IsalError = cast("type[Exception]", isal_zlib.error)  # the package's stubs dec
 _ZSTD_WINDOW_LOG = 27
 # What follows a frame or member is handed back as a copy: small pieces keep layers of many small ones linear.
 _PIECE_BYTES = 64 * 1024
-# Enough compressed bytes behind an entry point to decode 32 KiB, but for freak streams (then the window stays
-# whole).
-_PROBE_BYTES = 128 * 1024
 
 
 class LayerInflater(Protocol):
     """Decodes a whole layer blob in order. Afterwards its spans are described by
 
-    starts: (blob_start, tar_start, shift, needs_window) of each, as core/spans.py takes them,
+    points: entry points and milestones, as core/spans.py takes them,
     window_groups: the windows they need, packed (core/index.py): a bomb of spans stays small in memory.
     """
 
-    starts: list[tuple[int, int, int, bool]]
+    points: list[Point]
     window_groups: list[bytes]
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
@@ -61,7 +53,7 @@ class PlainInflater:
     """An uncompressed layer: there is nothing to do, and nothing to note."""
 
     def __init__(self) -> None:
-        self.starts: list[tuple[int, int, int, bool]] = []
+        self.points: list[Point] = []
         self.window_groups: list[bytes] = []
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
@@ -75,7 +67,7 @@ class ZstdInflater:
     """One or many zstd frames (RFC 8878), skippable ones between them. A span is a group of whole frames."""
 
     def __init__(self) -> None:
-        self.starts: list[tuple[int, int, int, bool]] = []
+        self.points: list[Point] = []
         self.window_groups: list[bytes] = []
         self._decoder = _zstd_decoder()
         self._in_frame = False
@@ -100,209 +92,17 @@ class ZstdInflater:
                     self._in_frame = False
 
     def _note_start(self, blob_start: int) -> None:
-        if self.starts and self._tar_bytes == self.starts[-1][1]:
+        if self.points and self._tar_bytes == self.points[-1].tar:
             return  # only a skippable or empty frame since: the span before begins here just as well
-        if not self.starts or self._tar_bytes - self.starts[-1][1] >= SPAN_BYTES:
-            self.starts.append((blob_start, self._tar_bytes, 0, False))
+        if not self.points or self._tar_bytes - self.points[-1].tar >= FRAME_SPAN_BYTES:
+            self.points.append(Point(blob_start, self._tar_bytes, 0, PointKind.ENTRY))
 
     def finish(self) -> Iterator[bytes]:
         if self._in_frame:
             raise ImageError("the zstd layer is cut short")
-        if self.starts and self.starts[-1][1] == self._tar_bytes:
-            self.starts.pop()  # nothing but skippable frames behind the last data
+        if self.points and self.points[-1].tar == self._tar_bytes:
+            self.points.pop()  # nothing but skippable frames behind the last data
         yield from ()
-
-
-class _ZStream(ctypes.Structure):
-    """z_stream of zlib.h 1.2."""
-
-    _fields_ = (
-        ("next_in", ctypes.c_void_p),
-        ("avail_in", ctypes.c_uint),
-        ("total_in", ctypes.c_ulong),
-        ("next_out", ctypes.c_void_p),
-        ("avail_out", ctypes.c_uint),
-        ("total_out", ctypes.c_ulong),
-        ("msg", ctypes.c_char_p),
-        ("state", ctypes.c_void_p),
-        ("zalloc", ctypes.c_void_p),
-        ("zfree", ctypes.c_void_p),
-        ("opaque", ctypes.c_void_p),
-        ("data_type", ctypes.c_int),
-        ("adler", ctypes.c_ulong),
-        ("reserved", ctypes.c_ulong),
-    )
-
-
-_Z_OK, _Z_STREAM_END, _Z_BUF_ERROR, _Z_BLOCK = 0, 1, -5, 5
-_GZIP_WBITS = 31
-
-
-@functools.cache
-def _libz() -> ctypes.CDLL:
-    """The system's zlib (Debian: zlib1g, always there: dpkg needs it)."""
-    try:
-        library = ctypes.CDLL(ctypes.util.find_library("z") or "libz.so.1")
-    except OSError as error:
-        raise HostError(f"cannot load the system's zlib: {error}", "install zlib1g") from None
-    for name in ("inflateInit2_", "inflate", "inflateReset", "inflateEnd"):
-        getattr(library, name).restype = ctypes.c_int
-    return library
-
-
-class GzipInflater:
-    """A gzip layer of one or many members, noting about every SPAN_BYTES a deflate block to enter at."""
-
-    def __init__(self) -> None:
-        self.starts: list[tuple[int, int, int, bool]] = []
-        self.window_groups: list[bytes] = []
-        self._windows: list[bytes] = []  # not packed yet
-        self._stream = _ZStream()
-        status = _libz().inflateInit2_(
-            ctypes.byref(self._stream), _GZIP_WBITS, b"1.2.11", ctypes.c_int(ctypes.sizeof(_ZStream))
-        )
-        if status != _Z_OK:
-            raise HostError(f"zlib cannot be used (status {status})", "install Debian's zlib1g")
-        # The first 32 KiB hold what was put out before: the window of an entry point is always at hand.
-        self._out = bytearray(WINDOW_BYTES + CHUNK_BYTES)
-        self._out_address = ctypes.addressof(ctypes.c_char.from_buffer(self._out))
-        self._end = self._given = WINDOW_BYTES  # bytes decoded into / handed out of the buffer
-        self._tar_bytes = self._blob_bytes = 0
-        self._member_tar_start = 0
-        self._member_ended = True
-        self._members = 0
-        self._padding = False
-        self._pending: tuple[int, int, bytes, bytearray] | None = (
-            None  # shift, tar, window, blob bytes from there on
-        )
-
-    def __del__(self) -> None:
-        if self._stream.state:
-            _libz().inflateEnd(ctypes.byref(self._stream))
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        source = ctypes.c_char_p(chunk)
-        base = ctypes.cast(source, ctypes.c_void_p).value or 0
-        at = 0
-        if self._pending is not None:
-            self._pending[3].extend(chunk[:_PROBE_BYTES])
-        while True:
-            if self._member_ended:
-                if at == len(chunk):
-                    break
-                if self._padding or (self._members and not chunk[at]):
-                    self._pad(chunk[at:])
-                    break
-                _libz().inflateReset(ctypes.byref(self._stream))
-                self._member_ended = False
-                self._member_tar_start = self._tar_bytes
-            if self._end == len(self._out):
-                yield self._take()
-                self._slide()
-            at, more = self._step(chunk, base, at)
-            if not more:
-                break
-        self._blob_bytes += len(chunk)
-        self._resolve(final=False)
-        if self._end > self._given:
-            yield self._take()
-
-    def _pad(self, rest: bytes) -> None:
-        """Zeros behind the last member, as gzip(1) accepts them; nothing else may follow them."""
-        self._padding = True
-        if rest.strip(b"\0"):
-            raise ImageError(f"the gzip layer has garbage behind its data, after {self._blob_bytes} bytes")
-
-    def _step(self, chunk: bytes, base: int, at: int) -> tuple[int, bool]:
-        """One call of inflate, up to the next block boundary at most. New position, and whether to go on."""
-        stream = self._stream
-        stream.next_in, stream.avail_in = base + at, len(chunk) - at
-        stream.next_out, stream.avail_out = self._out_address + self._end, len(self._out) - self._end
-        status = _libz().inflate(ctypes.byref(stream), _Z_BLOCK)
-        produced = len(self._out) - self._end - stream.avail_out
-        at = len(chunk) - stream.avail_in
-        self._end += produced
-        self._tar_bytes += produced
-        if status == _Z_STREAM_END:
-            self._member_ended = True
-            self._members += 1
-        elif status == _Z_BUF_ERROR:
-            return at, False  # needs more input
-        elif status != _Z_OK:
-            reason = (stream.msg or b"").decode("ascii", "replace")
-            raise ImageError(
-                f"the gzip layer is damaged after {self._blob_bytes + at} bytes: {reason or status}"
-            )
-        elif stream.data_type & 128 and not stream.data_type & 64:
-            self._note_block(chunk, at, stream.data_type & 7)
-        return at, bool(stream.avail_in) or stream.avail_out == 0 or self._member_ended
-
-    def _note_block(self, chunk: bytes, at: int, unused_bits: int) -> None:
-        """A block begins here: `unused_bits` before byte `at` of the chunk."""
-        if self.starts and self._tar_bytes - self.starts[-1][1] < SPAN_BYTES:
-            return
-        self._resolve(final=True)
-        fresh = self._tar_bytes == self._member_tar_start
-        first = at - 1 if unused_bits else at
-        if first < 0:
-            return  # the block begins in the chunk before: the next boundary will do
-        shift = (8 - unused_bits) % 8
-        self.starts.append((self._blob_bytes + first, self._tar_bytes, shift, not fresh))
-        if not fresh:
-            valid = min(WINDOW_BYTES, self._tar_bytes)
-            window = bytes(self._out[self._end - valid : self._end])
-            self._pending = (shift, self._tar_bytes, window, bytearray(chunk[first : first + _PROBE_BYTES]))
-
-    def _resolve(self, *, final: bool) -> None:
-        """Turns the window of the last entry point into a sparse one, once enough data behind it is known."""
-        if self._pending is None:
-            return
-        shift, tar, window, behind = self._pending
-        if not final and self._tar_bytes - tar < WINDOW_BYTES and len(behind) < _PROBE_BYTES:
-            return
-        self._windows.append(_sparse(shift, window, bytes(behind)))
-        self._pending = None
-        if len(self._windows) > WINDOWS_PER_GROUP:  # the newest may still be dropped: see finish()
-            self.window_groups += pack_windows(self._windows[:WINDOWS_PER_GROUP])
-            del self._windows[:WINDOWS_PER_GROUP]
-
-    def _take(self) -> bytes:
-        piece = bytes(memoryview(self._out)[self._given : self._end])
-        self._given = self._end
-        return piece
-
-    def _slide(self) -> None:
-        self._out[:WINDOW_BYTES] = self._out[self._end - WINDOW_BYTES : self._end]
-        self._end = self._given = WINDOW_BYTES
-
-    def finish(self) -> Iterator[bytes]:
-        if not self._member_ended:
-            raise ImageError("the gzip layer is cut short")
-        self._resolve(final=True)
-        if self.starts and self.starts[-1][1] == self._tar_bytes and self.starts.pop()[3]:
-            self._windows.pop()  # it was an entry point with no data behind it
-        self.window_groups += pack_windows(self._windows)
-        yield from ()
-
-
-def _sparse(shift: int, window: bytes, behind: bytes) -> bytes:
-    """The window without the bytes that `behind` (the blob from the entry point on) does not refer to."""
-
-    def decode(dictionary: bytes) -> tuple[bytes, bool]:
-        decoder = isal_zlib.decompressobj(-15, zdict=dictionary)
-        raw = decoder.decompress(deflate.enter_at(shift, behind[0]) + behind[1:], WINDOW_BYTES)
-        return raw, decoder.eof or len(raw) == WINDOW_BYTES
-
-    try:
-        plain, complete = decode(window)
-        if not complete:
-            return window
-        high, low = (decode(probe)[0] for probe in deflate.probes())
-        sparse = deflate.sparse_window(window, high, low)
-        # Cheap, and the only thing a wrong window could do is make a span undecodable for ever.
-        return sparse if decode(sparse)[0] == plain else window
-    except _IsalError:
-        return window
 
 
 class SpanDecoder:
@@ -337,6 +137,11 @@ class SpanDecoder:
             self._left -= len(piece)
             if piece:
                 yield piece
+
+    @property
+    def done(self) -> bool:
+        """Whether all plain bytes of the span came out."""
+        return self._left <= 0
 
     def finish(self) -> None:
         """Raises ImageError if not all plain bytes came."""

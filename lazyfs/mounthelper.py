@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lazyfs import mounts, options
@@ -91,7 +91,7 @@ def run(arguments: Sequence[str], program: str = "mount.lazyfs") -> int:
         if invocation.options.foreground:
             from lazyfs.foreground import hold
 
-            hold(lambda: _mount(invocation))
+            hold(lambda on_attached: _mount(invocation, on_attached))
         else:
             _mount(invocation)
         return 0
@@ -105,13 +105,16 @@ def run(arguments: Sequence[str], program: str = "mount.lazyfs") -> int:
         return 2
 
 
-def _mount(invocation: Invocation) -> mounts.Mounted:
+def _mount(
+    invocation: Invocation, on_attached: Callable[[mounts.Mounted], None] | None = None
+) -> mounts.Mounted:
     mounted = mounts.mount(
         invocation.image,
         invocation.target,
         invocation.options,
         namespace=invocation.namespace,
         on_progress=_say if invocation.verbose else None,
+        on_attached=on_attached,
     )
     if invocation.verbose:
         _say(f"{mounted.image} mounted on {mounted.target} by backend={mounted.backend}")

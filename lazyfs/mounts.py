@@ -15,16 +15,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lazyfs import control, host, launch, paths
 from lazyfs.control import Connection, DaemonGone
 from lazyfs.errors import HostError, LazyfsError, UserError
 from lazyfs.launch import StartError
 from lazyfs.options import MountOptions
-
-if TYPE_CHECKING:
-    from subprocess import Popen
 
 SILENCE_ALLOWANCE_S = 30.0  # beyond timeout=, until a silent daemon is given up
 
@@ -65,16 +62,18 @@ def mount(
     push_index: bool = False,
     namespace: str | None = None,
     on_progress: Progress | None = None,
+    on_attached: Callable[[Mounted], None] | None = None,
 ) -> Mounted:
     """Mounts `image` at the directory `target` and returns when the root is usable. `namespace`: a mount
-    namespace file to enter before attaching (the process then stays in it). Raises LazyfsError."""
+    namespace file to enter before attaching (the process then stays in it). `on_attached` is told as soon as
+    the mount is there, with no signal in between. Raises LazyfsError."""
     image = absolute_reference(image)
     backend = choose_backend(options, namespace)
     if namespace is None:
         target = check_target(target)
     cache = paths.cache_directory(options.cache)
     runtime = paths.runtime_directory(cache)
-    job = _Job(image, target, options, cache, runtime, push_index, on_progress or _ignore)
+    job = _Job(image, target, options, cache, runtime, push_index, on_progress or _ignore, on_attached)
     root = _kernel_root_or_fuse(job) if backend == "kernel" else _any_fuse_root(job)
     try:
         return _finish(job, root, namespace)
@@ -92,6 +91,7 @@ class _Job(NamedTuple):
     runtime: str
     push_index: bool
     progress: Progress
+    on_attached: Callable[[Mounted], None] | None
 
     def request(self) -> dict[str, Any]:
         options = self.options
@@ -242,13 +242,13 @@ def _any_fuse_root(job: _Job) -> _Root:
 def _start_fuse(job: _Job, place: str) -> _Root:
     """A fusemount process that serves at `place`; the mount is there when this returns."""
     connection: Connection | None = None
-    process: Popen[bytes] | None = None
+    process: launch.Child | None = None
 
     def ask() -> dict[str, Any]:
         nonlocal connection, process
         if connection is not None and process is not None:
             connection.close()
-            launch.end(process)
+            process.end()
         connection, process = launch.start_fusemount(job.cache, job.runtime, job.image, place)
         request = {
             "op": "fuse_mount",
@@ -272,10 +272,9 @@ def _start_fuse(job: _Job, place: str) -> _Root:
         if connection is not None:
             connection.close()  # it ends by that; but it may hang
         if process is not None and process.poll() is None:
-            launch.end(process)
+            process.end()
         raise
     assert connection is not None and process is not None
-    launch.leave_running(process)
     return _Root(None, connection, reply, "fuse", False)
 
 
@@ -362,8 +361,11 @@ def _attributes(options: MountOptions) -> int:
 
 def _finish(job: _Job, root: _Root, namespace: str | None) -> Mounted:
     if root.fd is None:
-        return _report(job, root, job.target, _dev_of(job.target), None)
-    from lazyfs.detached import attach
+        mounted = _mounted(job, root, job.target, _dev_of(job.target), None)
+        if job.on_attached is not None:
+            job.on_attached(mounted)
+        _report(job, root, mounted)
+        return mounted
     from lazyfs.linux import MNT_DETACH, mount_setattr, umount2
 
     upper = None
@@ -380,13 +382,14 @@ def _finish(job: _Job, root: _Root, namespace: str | None) -> Mounted:
         if namespace is not None:
             enter_mount_namespace(namespace)
             target = check_target(target)
-        attach(top_fd, target)
+        mounted = _mounted(job, root, target, _dev_of(top_fd), upper.ephemeral if upper else None)
+        _attach(top_fd, mounted, job.on_attached)
         try:
-            ephemeral = upper.ephemeral if upper else None
-            return _report(job, root, target, _dev_of(top_fd), ephemeral)
+            _report(job, root, mounted)
         except BaseException:
             umount2(target, MNT_DETACH)
             raise
+        return mounted
     except BaseException:
         if top_fd != root.fd:
             os.close(top_fd)
@@ -399,13 +402,42 @@ def _finish(job: _Job, root: _Root, namespace: str | None) -> Mounted:
             os.close(top_fd)
 
 
-def _report(job: _Job, root: _Root, target: str, dev: tuple[int, int], ephemeral: str | None) -> Mounted:
+def _mounted(job: _Job, root: _Root, target: str, dev: tuple[int, int], ephemeral: str | None) -> Mounted:
+    return Mounted(
+        image=str(root.reply.get("image") or job.image),
+        manifest_digest=str(root.reply.get("manifest_digest") or ""),
+        target=target,
+        backend=root.backend,
+        joined=root.joined,
+        dev=dev,
+        ephemeral_upper=ephemeral,
+    )
+
+
+def _attach(fd: int, mounted: Mounted, on_attached: Callable[[Mounted], None] | None) -> None:
+    """Attaches `fd`. Whoever wants to know of it does before a signal can end us."""
+    from lazyfs.detached import attach
+
+    if on_attached is None:
+        attach(fd, mounted.target)
+        return
+    import signal
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        attach(fd, mounted.target)
+        on_attached(mounted)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _report(job: _Job, root: _Root, mounted: Mounted) -> None:
     """Tells the daemon where the mount is: from then on it lives by that, not by our connection."""
     attached = {
-        "dev": control.format_dev(dev),
-        "target": target,
-        "ephemeral_upper": ephemeral,
-        "image_dev": control.format_dev(dev if root.fd is None else _dev_of(root.fd)),
+        "dev": control.format_dev(mounted.dev),
+        "target": mounted.target,
+        "ephemeral_upper": mounted.ephemeral_upper,
+        "image_dev": control.format_dev(mounted.dev if root.fd is None else _dev_of(root.fd)),
     }
     as_request = {"op": "attached", "attached": attached}
     try:
@@ -418,15 +450,6 @@ def _report(job: _Job, root: _Root, target: str, dev: tuple[int, int], ephemeral
             job.cache, job.runtime
         ) as again:  # it died just now; its successor learns it
             again.ask(as_request)
-    return Mounted(
-        image=str(root.reply.get("image") or job.image),
-        manifest_digest=str(root.reply.get("manifest_digest") or ""),
-        target=target,
-        backend=root.backend,
-        joined=root.joined,
-        dev=dev,
-        ephemeral_upper=ephemeral,
-    )
 
 
 def enter_mount_namespace(path: str) -> None:

@@ -11,8 +11,8 @@ from lazyfs.core.index import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYP
 from lazyfs.core.oci import Descriptor, build_artifact, sha256_digest
 from lazyfs.core.reference import DirectoryReference
 from lazyfs.errors import HostError
-from lazyfs.images import Resolved
 from lazyfs.indexer import BuiltIndex
+from lazyfs.resolve import Resolved
 from lazyfs.source import Source, SourceOptions, open_source
 
 

@@ -5,9 +5,10 @@ lazyfs uses a narrow profile and its reader refuses everything outside it, so th
 ever sees these few features:
 
 * 4 KiB blocks, extended (64-byte) inodes, ``meta_blkaddr`` 0, so an inode lies at byte ``nid * 32``;
-* regular files: FLAT_PLAIN, their data in external devices, through the flat (``mapped_blkaddr``) addresses;
+* regular files: CHUNK_BASED with one chunk index, whose chunk is the whole file, one extent of an external
+  device; without data FLAT_PLAIN; no device has a place (``mapped_blkaddr``) in the flat address space;
 * directories and symbolic links: FLAT_INLINE where the tail fits behind the inode, else FLAT_PLAIN;
-* inline extended attributes only; no compression, chunks, shared or long-prefix attributes.
+* inline extended attributes only; no compression, holes, shared or long-prefix attributes.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ NULL_BLOCK = 0xFFFFFFFF  # EROFS_NULL_ADDR: never a real block address
 
 COMPAT_SB_CHECKSUM = 0x1
 COMPAT_MTIME = 0x2  # extended inodes carry mtime (not ctime)
-INCOMPAT_DEVICE_TABLE = 0x8
+INCOMPAT_DEVICES = 0x4 | 0x8  # CHUNKED_FILE | DEVICE_TABLE: both in images with devices, else neither
 
 FORMAT_PLAIN = 1 | 0 << 1  # i_format: extended inode | data layout
 FORMAT_INLINE = 1 | 2 << 1
+FORMAT_CHUNKS = 1 | 4 << 1
+# i_u of a chunk-based inode: EROFS_CHUNK_FORMAT_INDEXES, and log2 of the blocks of a chunk: the largest there
+# is, so one chunk has room for every file.
+CHUNK_FORMAT = 0x20 | 31
+CHUNK_BYTES = BLOCK_BYTES << 31  # 8 TiB
 
 NAME_MAX = 255
 SYMLINK_MAX = 4095  # PATH_MAX without the terminating NUL
@@ -54,6 +60,9 @@ DEVICE_SLOT = struct.Struct("<64sII56x")
 # i_format, i_xattr_icount, i_mode, i_reserved, i_size, i_u, i_ino, i_uid, i_gid, i_mtime, i_mtime_nsec,
 # i_nlink; the last 16 bytes are reserved
 INODE = struct.Struct("<HHHHQIIIIqII")
+# advise (in newer images the upper address bits; zero here), device_id (position in the device table + 1),
+# blkaddr in that device; it follows inode and attributes at the next multiple of its own size
+CHUNK_INDEX = struct.Struct("<HHI")
 # nid, nameoff, file_type, reserved
 DIRENT = struct.Struct("<QHBB")
 # h_name_filter, h_shared_count, reserved

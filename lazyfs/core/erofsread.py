@@ -11,23 +11,26 @@ but names and the value asked for. Where a directory's content lies is remembere
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lazyfs.core.erofsformat import (
     BLOCK_BITS,
     BLOCK_BYTES,
+    CHUNK_BYTES,
+    CHUNK_FORMAT,
+    CHUNK_INDEX,
     COMPAT_SB_CHECKSUM,
     DEVICE_SLOT,
     DEVICE_SLOT_BYTES,
     DEVICE_SLOT_FIRST,
     DEVICES_MAX,
     DIRENT,
+    FORMAT_CHUNKS,
     FORMAT_INLINE,
     FORMAT_PLAIN,
     ID_MAX,
-    INCOMPAT_DEVICE_TABLE,
+    INCOMPAT_DEVICES,
     INODE,
     INODE_BYTES,
     KIND_OF_TYPE,
@@ -53,6 +56,7 @@ __all__ = ["Device", "ErofsReader", "Inode"]
 
 _HINT = "remove it from the cache, or build the index again"
 _REMEMBERED_DIRECTORIES = 1 << 16
+_FORMATS = frozenset((FORMAT_PLAIN, FORMAT_INLINE, FORMAT_CHUNKS))
 _NAMEOFF = struct.Struct("<H")  # of the dirent whose nameoff is at this place ...
 _NAMEOFF_PAIR = struct.Struct("<H10xH")  # ... and of its successor
 _NAMEOFF_AT = 8
@@ -96,7 +100,7 @@ class ErofsReader:
         if not compat & COMPAT_SB_CHECKSUM or checksum != superblock_checksum(buffer[:BLOCK_BYTES]):
             raise _damaged("its superblock's checksum does not match")
         if (
-            incompat & ~INCOMPAT_DEVICE_TABLE
+            incompat not in (0, INCOMPAT_DEVICES)
             or block_bits != BLOCK_BITS
             or extra_slots
             or algorithms
@@ -104,7 +108,7 @@ class ErofsReader:
         ):
             raise ImageError(
                 f"the index uses EROFS features that lazyfs does not write (flags {incompat:#x})",
-                "it was made by another program or a newer lazyfs",
+                "it was made by another program or another version of lazyfs",
             )
         if blocks != self._length >> BLOCK_BITS or meta_block:
             raise _damaged(f"its superblock speaks of {blocks} blocks")
@@ -114,46 +118,39 @@ class ErofsReader:
             or (device_count and device_slot != DEVICE_SLOT_FIRST)
         ):
             raise _damaged("bad device table")
-        self.devices = self._read_devices(device_count, blocks)
+        self.devices = self._read_devices(device_count)
         self._places: dict[int, tuple[int, int, int]] = {}
         self._directory(self.root_nid)
 
-    def _read_devices(self, count: int, first: int) -> tuple[Device, ...]:
+    def _read_devices(self, count: int) -> tuple[Device, ...]:
         if DEVICE_SLOT_BYTES * (DEVICE_SLOT_FIRST + count) > self._length:
             raise _damaged("bad device table")
         devices = []
-        self._starts: list[int] = []  # first block of each device in the flat address space
         for index in range(count):
             tag, blocks, mapped = DEVICE_SLOT.unpack_from(
                 self._buffer, DEVICE_SLOT_BYTES * (DEVICE_SLOT_FIRST + index)
             )
-            if mapped != first:
-                raise _damaged("devices overlap")
-            self._starts.append(mapped)
+            if mapped or blocks == NULL_BLOCK:
+                raise _damaged("bad device table")
             devices.append(Device(tag.rstrip(b"\0"), blocks << BLOCK_BITS))
-            first += blocks
-        if first >= NULL_BLOCK:
-            raise _damaged("devices are too large")
         return tuple(devices)
 
     def inode(self, nid: int) -> Inode:
         """The inode at `nid`. Raises ImageError if there is no valid one."""
-        (layout, _, mode, _, size, address, ino, uid, gid, mtime_s, mtime_ns, nlink) = self._fields(nid)
+        fields = self._fields(nid)
+        layout, xattr_count, mode, _, size, address, ino, uid, gid, mtime_s, mtime_ns, nlink = fields
         kind = KIND_OF_TYPE.get(mode & _TYPE_MASK)
         if kind is None or mtime_ns >= NSEC_PER_S or uid > ID_MAX or gid > ID_MAX or not nlink:
             raise _damaged(f"bad inode {nid}")
         device = -1
         place = rdev = 0
         if kind is Kind.FILE:
-            if layout != FORMAT_PLAIN:
-                raise _damaged(f"file data inside inode {nid}")
             if size:
-                device = bisect_right(self._starts, address) - 1
-                if device < 0:
-                    raise _damaged(f"file data of inode {nid} in no device")
-                place = (address - self._starts[device]) << BLOCK_BITS
-                if place + size > self.devices[device].size_bytes:
-                    raise _damaged(f"file data of inode {nid} beyond its device")
+                if layout != FORMAT_CHUNKS or address != CHUNK_FORMAT:
+                    raise _damaged(f"bad format of inode {nid}")
+                device, place = self._extent(nid, xattr_count, size)
+            elif layout != FORMAT_PLAIN:
+                raise _damaged(f"bad format of inode {nid}")
         elif kind is Kind.DIR:
             self._directory(nid)
         elif kind is Kind.SYMLINK:
@@ -166,6 +163,22 @@ class ErofsReader:
             nid, ino, kind, mode, uid, gid, size, nlink, mtime_s * NSEC_PER_S + mtime_ns, rdev, device, place
         )
 
+    def _extent(self, nid: int, xattr_count: int, size: int) -> tuple[int, int]:
+        """Where a file's data lies: number of the device, byte address in it."""
+        position = nid * SLOT_BYTES + INODE_BYTES + _xattr_bytes(xattr_count)
+        position += -position % CHUNK_INDEX.size
+        if position > self._length - CHUNK_INDEX.size:
+            raise _damaged(f"chunk index of inode {nid} outside")
+        advise, device_id, block = CHUNK_INDEX.unpack_from(self._buffer, position)
+        # An id of 0 would be the metadata itself.
+        if advise or not 0 < device_id <= len(self.devices):
+            raise _damaged(f"file data of inode {nid} in no device")
+        place = block << BLOCK_BITS
+        # NULL_BLOCK, a hole, lies beyond every device.
+        if size > CHUNK_BYTES or place + size > self.devices[device_id - 1].size_bytes:
+            raise _damaged(f"file data of inode {nid} beyond its device")
+        return device_id - 1, place
+
     def _fields(self, nid: int) -> tuple[int, ...]:
         position = nid * SLOT_BYTES
         if (
@@ -175,7 +188,7 @@ class ErofsReader:
             raise _damaged(f"no inode {nid}")
         fields = INODE.unpack_from(self._buffer, position)
         # The reserved field holds the upper address bits of newer, 48-bit images.
-        if (fields[0] != FORMAT_PLAIN and fields[0] != FORMAT_INLINE) or fields[3]:
+        if fields[0] not in _FORMATS or fields[3]:
             raise _damaged(f"bad format of inode {nid}")
         return fields
 
@@ -188,6 +201,8 @@ class ErofsReader:
             if not BLOCK_BYTES <= blocks <= self._length - size:
                 raise _damaged(f"content of inode {nid} outside")
             return size, blocks, blocks + whole
+        if layout != FORMAT_INLINE:
+            raise _damaged(f"bad format of inode {nid}")
         rest = nid * SLOT_BYTES + INODE_BYTES + _xattr_bytes(xattr_count)
         left = size - whole
         # The kernel reads an inline tail from the block that holds the inode.

@@ -119,6 +119,7 @@ class Index:
 
     def __init__(self, blob: bytes) -> None:
         self._blob = memoryview(blob)
+        self._namespace = b""
         if len(blob) < _HEAD.size:
             raise ImageError("the index is cut short")
         magic, header_bytes = _HEAD.unpack_from(blob)
@@ -177,9 +178,12 @@ class Index:
 
     def namespace(self) -> bytes:
         """The EROFS metadata, checked against its digest in the header."""
+        if self._namespace:
+            return self._namespace
         namespace = self._section(0)
         if hashlib.sha256(namespace).hexdigest() != self.namespace_sha256:
             raise ImageError("the namespace in the index does not have the digest the index gives")
+        self._namespace = namespace
         return namespace
 
     def table(self, layer: int) -> bytes:

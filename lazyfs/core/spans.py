@@ -7,8 +7,11 @@ the blob's bytes [blob_start(i), blob_end(i)). What starts a span depends on how
     GZIP   a deflate block boundary: a bit offset inside the first byte, and a window (core/deflate.py)
     ZSTD   the start of a frame
 
-Stored form (docs/FORMATS.md, "Span table"), one little-endian record a span: blob_start Q, tar_start Q,
-shift B, window_bytes B, reserved H. window_bytes is 1 if the span needs a window and 0 if not.
+Between its start and its end a span may have milestones: places where decoding may stop, of which it is known
+how many bytes of the blob lead there.
+
+Stored form (docs/FORMATS.md, "Span table"), one little-endian record a point: blob offset Q, tar offset Q,
+shift B, kind B (PointKind), reserved H.
 """
 
 from __future__ import annotations
@@ -21,13 +24,19 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from lazyfs.errors import ImageError
 
 _RECORD = struct.Struct("<QQBBH")
-# Uncompressed distance between two entry points. Smaller spans fetch less for a scattered read, larger ones
-# keep the index small.
-SPAN_BYTES = 1 << 20
+# Uncompressed distance between two entry points, within which an indexer may choose a good one. Smaller spans
+# fetch less for a scattered read, larger ones keep the index small.
+MIN_SPAN_BYTES = 384 * 1024
+MAX_SPAN_BYTES = 1152 * 1024
+# Frames are entered for nothing: no window is stored.
+FRAME_SPAN_BYTES = 128 * 1024
+# Between milestones.
+MILESTONE_BYTES = 64 * 1024
 # Uncompressed layers can be cut anywhere: as small as a request is still worth (measured: below 256 KiB the
 # time of a request on loopback no longer falls).
 PLAIN_SPAN_BYTES = 256 * 1024
@@ -53,6 +62,23 @@ def detect_compression(head: bytes) -> Compression:
     ):
         return Compression.ZSTD
     return Compression.PLAIN
+
+
+class PointKind(enum.IntEnum):
+    """What a decoder can do at a point of a layer."""
+
+    ENTRY = 0  # begin, knowing nothing
+    ENTRY_WITH_WINDOW = 1  # begin, given the window
+    MILESTONE = 2  # stop
+
+
+class Point(NamedTuple):
+    """A point of a layer that the index records. `shift`: bits of byte `blob` that belong before it."""
+
+    blob: int
+    tar: int
+    shift: int
+    kind: PointKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,33 +113,32 @@ class SpanTable:
         if len(records) % _RECORD.size or len(records) // _RECORD.size > MAX_SPANS:
             raise ImageError("span table has the wrong length")
         rows = list(_RECORD.iter_unpack(records))
-        self.count = len(rows)
-        self._blob = array("Q", [row[0] for row in rows])
-        self._tar = array("Q", [row[1] for row in rows])
-        self._shift = bytes(row[2] & 0xFF for row in rows)
-        windowed = bytes(row[3] for row in rows)
-        self._window = array("I", [0])  # windows before span i
-        for flag in windowed:
-            self._window.append(self._window[-1] + flag)
-        self._check(windowed, any(row[4] for row in rows))
-
-    def _check(self, windowed: bytes, reserved: bool) -> None:
-        if reserved or any(shift > 7 for shift in self._shift) or any(flag > 1 for flag in windowed):
+        if any(row[2] > 7 or row[3] > PointKind.MILESTONE or row[4] for row in rows):
             raise ImageError("span table has fields of an unknown version")
+        # All points, entries and milestones: where decoding can stop.
+        self._stop_tar = array("Q", [row[1] for row in rows])
+        self._stop_blob = array("Q", [row[0] + (row[2] > 0) for row in rows])
+        entries = [row for row in rows if row[3] != PointKind.MILESTONE]
+        self.count = len(entries)
+        self._blob = array("Q", [row[0] for row in entries])
+        self._tar = array("Q", [row[1] for row in entries])
+        self._shift = bytes(row[2] for row in entries)
+        self._window = array("I", [0])  # windows before span i
+        for row in entries:
+            self._window.append(self._window[-1] + (row[3] == PointKind.ENTRY_WITH_WINDOW))
+        self._check(rows)
+
+    def _check(self, rows: list[tuple[int, ...]]) -> None:
         if not self.count:
-            if self.tar_bytes:
-                raise ImageError("span table is empty")
+            if self.tar_bytes or rows:
+                raise ImageError("span table has no entry point")
             return
-        ascending = all(
-            all(map(operator.lt, starts, islice(starts, 1, None))) for starts in (self._blob, self._tar)
-        )
-        if (
-            not ascending
-            or self._tar[0]
-            or self._blob[-1] >= self.blob_bytes
-            or self._tar[-1] >= self.tar_bytes
-        ):
-            raise ImageError("span table has spans out of order or outside the layer")
+        for column, limit in ((0, self.blob_bytes), (1, self.tar_bytes)):
+            values = [row[column] for row in rows]
+            if not all(map(operator.lt, values, islice(values, 1, None))) or values[-1] >= limit:
+                raise ImageError("span table has points out of order or outside the layer")
+        if rows[0][1] or rows[0][3] == PointKind.MILESTONE:
+            raise ImageError("span table does not begin with the layer")
 
     @property
     def windows(self) -> int:
@@ -125,8 +150,8 @@ class SpanTable:
         mine, theirs = ((one.compression, one.blob_bytes, one.tar_bytes, one.count) for one in (self, other))
         if mine != theirs or self.compression is Compression.PLAIN:
             return mine == theirs
-        return (self._blob, self._tar, self._shift, self._window) == (
-            other._blob, other._tar, other._shift, other._window
+        return (self._blob, self._tar, self._shift, self._window, self._stop_tar, self._stop_blob) == (
+            other._blob, other._tar, other._shift, other._window, other._stop_tar, other._stop_blob
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -154,6 +179,17 @@ class SpanTable:
             window,
         )
 
+    def blob_end_for(self, span: Span, tar_end: int) -> int:
+        """Up to where the blob is needed to decode `span` up to `tar_end`: a milestone, or the span's end."""
+        if tar_end >= span.tar_end:
+            return span.blob_end
+        if self.compression is Compression.PLAIN:
+            return span.blob_start + tar_end - span.tar_start
+        stop = bisect_left(self._stop_tar, tar_end)
+        if stop == len(self._stop_tar) or self._stop_tar[stop] >= span.tar_end:
+            return span.blob_end
+        return int(self._stop_blob[stop])
+
     def covering(self, tar_start: int, tar_end: int) -> range:
         """Numbers of the spans that hold the uncompressed bytes [tar_start, tar_end), which is not empty."""
         if self.compression is Compression.PLAIN:
@@ -161,6 +197,6 @@ class SpanTable:
         return range(bisect_right(self._tar, tar_start) - 1, bisect_left(self._tar, tar_end))
 
 
-def encode_spans(starts: Sequence[tuple[int, int, int, bool]]) -> bytes:
-    """Records from (blob_start, tar_start, shift, needs_window), ascending."""
-    return b"".join(_RECORD.pack(blob, tar, shift, needs, 0) for blob, tar, shift, needs in starts)
+def encode_points(points: Sequence[Point]) -> bytes:
+    """The records of a span table; `points` ascending."""
+    return b"".join(_RECORD.pack(*point, 0) for point in points)

@@ -182,12 +182,13 @@ def small_tree() -> Node:
     shared = node(Kind.FILE, size=5000, layer=0, address=BLOCK, nlink=2, xattrs={b"user.k": b"v"})
     inner = directory({b"hard": shared, b"link": node(Kind.SYMLINK, target=b"../top", mode=0o777)})
     many = directory({b"n%04d" % number: node(Kind.FIFO) for number in range(600)})
+    null = node(Kind.CHR, rdev_major=1, rdev_minor=3)
     return directory(
-        {b"top": shared, b"dirA": inner, b"many": many, b"null": node(Kind.CHR, rdev_major=1, rdev_minor=3)}
+        {b"top": shared, b"dirA": inner, b"many": many, b"null": null, b"empty": node(Kind.FILE)}
     )
 
 
-GOLDEN = "ffb4cc7ed8bf"
+GOLDEN = "e86716612536"
 
 
 def test_bytes_stay_the_same() -> None:
@@ -324,7 +325,7 @@ def test_names_that_linux_does_not_have(name: bytes) -> None:
 
 def test_limits_of_the_address_space() -> None:
     with pytest.raises(ImageError, match="16 TiB"):
-        write_erofs(directory(), [Device(b"", (2**32 - 2) * BLOCK)])
+        write_erofs(directory(), [Device(b"", (2**32 - 1) * BLOCK)])
     with pytest.raises(ImageError):
         write_erofs(directory(), [Device(b"", 0)] * 4097)
     with pytest.raises(ImageError):
@@ -334,8 +335,20 @@ def test_limits_of_the_address_space() -> None:
     reader = ErofsReader(write_erofs(root, devices))
     compare(reader, root)
     reader.check()
-    largest = Device(b"", (2**32 - 3) * BLOCK)
-    assert ErofsReader(write_erofs(directory(), [largest])).devices == (largest,)
+
+
+def test_limits_of_a_device_and_a_file() -> None:
+    """Devices as large as 32-bit block numbers allow, several of them, and a file as large as a chunk."""
+    devices = tuple(Device(b"%d" % number, (2**32 - 2) * BLOCK) for number in range(3))
+    largest = node(FILE, size=1 << 43, layer=1, address=BLOCK)
+    last = node(FILE, size=BLOCK, layer=2, address=(2**32 - 3) * BLOCK)
+    root = directory({b"largest": largest, b"last": last})
+    reader = ErofsReader(write_erofs(root, devices))
+    assert reader.devices == devices
+    compare(reader, root)
+    largest.size += 1
+    with pytest.raises(ImageError, match="8 TiB"):
+        write_erofs(root, devices)
 
 
 def resealed(image: bytes | bytearray) -> bytes:
@@ -404,8 +417,8 @@ def patched(position: int, form: str, value: int) -> bytes:
 @pytest.mark.parametrize(
     ("field", "form", "value"),
     [(0, "I", 1), (12, "B", 9), (13, "B", 1), (14, "H", 0), (14, "H", 0xFFFF), (36, "I", 1), (40, "I", 1),
-     (80, "I", 0x9), (80, "I", 0), (84, "H", 1), (86, "H", 4), (86, "H", 0xFFFF), (88, "H", 0), (90, "B", 1),
-     (128 + 64, "I", 2), (128 + 68, "I", 1)],
+     (80, "I", 0xD), (80, "I", 8), (80, "I", 4), (80, "I", 0), (84, "H", 1), (86, "H", 0),
+     (86, "H", 0xFFFF), (88, "H", 0), (90, "B", 1), (128 + 64, "I", 0xFFFFFFFF), (128 + 68, "I", 1)],
 )  # fmt: skip
 def test_superblock_outside_the_profile(field: int, form: str, value: int) -> None:
     with pytest.raises(ImageError):
@@ -439,6 +452,7 @@ def inode_position(*path: bytes) -> int:
 
 
 TOP, INNER, NULL, MANY, LINKED = (b"top",), (b"dirA",), (b"null",), (b"many",), (b"dirA", b"link")
+EMPTY, CHUNK = (b"empty",), 64 + 20 + 4  # the chunk index in TOP's record, behind attributes and padding
 
 
 @pytest.mark.parametrize(
@@ -447,7 +461,12 @@ TOP, INNER, NULL, MANY, LINKED = (b"top",), (b"dirA",), (b"null",), (b"many",), 
      (TOP, 8, "Q", 2**63), (TOP, 8, "Q", 3 * BLOCK), (TOP, 16, "I", 1), (TOP, 16, "I", 0xFFFFFFFE),
      (TOP, 24, "I", 2**32 - 1), (TOP, 40, "I", 10**9), (TOP, 44, "I", 3), (INNER, 44, "I", 3),
      (NULL, 44, "I", 0), (NULL, 8, "Q", 1), (MANY, 8, "Q", 12), (MANY, 8, "Q", 2**63),
-     (MANY, 16, "I", 0xFFFF), (LINKED, 8, "Q", 4096)],
+     (MANY, 16, "I", 0xFFFF), (LINKED, 8, "Q", 4096),
+     (TOP, 0, "H", 1), (TOP, 0, "H", 5), (TOP, 16, "I", 0x1F), (TOP, 16, "I", 0x3E), (TOP, 16, "I", 0x7F),
+     (TOP, 16, "I", 0x1003F), (TOP, CHUNK, "H", 1), (TOP, CHUNK + 2, "H", 0), (TOP, CHUNK + 2, "H", 2),
+     (TOP, CHUNK + 2, "H", 4), (TOP, CHUNK + 2, "H", 0xFFFF), (TOP, CHUNK + 4, "I", 2),
+     (TOP, CHUNK + 4, "I", 0xFFFFFFFF), (EMPTY, 0, "H", 9), (EMPTY, 8, "Q", 1), (INNER, 0, "H", 9),
+     (MANY, 0, "H", 9), (LINKED, 0, "H", 9), (NULL, 0, "H", 9)],
 )  # fmt: skip
 def test_check_finds_bad_inodes(path: tuple[bytes, ...], field: int, form: str, value: int) -> None:
     rejected_by_check(patched(inode_position(*path) + field, form, value))

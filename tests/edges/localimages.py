@@ -15,8 +15,9 @@ from backports import zstd
 from lazyfs.cache import BlockCache
 from lazyfs.core.index import Index
 from lazyfs.core.oci import parse_config
-from lazyfs.images import ImageOptions, ImageStore, Resolved, load_config, resolve
+from lazyfs.images import ImageStore
 from lazyfs.indexer import BuiltIndex, build_index
+from lazyfs.resolve import ImageOptions, Resolved, load_config, resolve
 from tests.layertar import LayerTar
 from tests.layout import GZIP, Layout
 

@@ -13,7 +13,9 @@ from lazyfs.cache import BlockCache
 from lazyfs.core.index import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
 from lazyfs.core.oci import Descriptor, build_artifact
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
-from lazyfs.images import (
+from lazyfs.indexer import BuiltIndex
+from lazyfs.publish import attach_index, windows_digest, write_layout
+from lazyfs.resolve import (
     ImageOptions,
     NeedsIndexError,
     Resolved,
@@ -22,8 +24,6 @@ from lazyfs.images import (
     load_index,
     resolve,
 )
-from lazyfs.indexer import BuiltIndex
-from lazyfs.publish import attach_index, windows_digest, write_layout
 from tests.edges.localimages import (
     OPTIONS,
     big_layer,

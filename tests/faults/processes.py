@@ -14,13 +14,12 @@ DEADLINE_S = 30.0
 
 
 def _processes(module: str, cache: Path) -> list[int]:
-    wanted = [b"-m", module.encode(), b"--cache", str(cache).encode()]
+    wanted = b"\0".join([b"-m", module.encode(), b"--cache", str(cache).encode(), b""])
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if words[2:6] == wanted:
+                if wanted in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
     return found
 
@@ -40,6 +39,10 @@ def fusemounts(cache: Path) -> list[int]:
 def the_worker(cache: Path) -> int:
     """The one daemon of the cache; waits while a successor is being started."""
     return wait_for(lambda: workers(cache), "a worker")[0]
+
+
+def wait_for_successor(cache: Path, before: int) -> None:
+    wait_for(lambda: [pid for pid in workers(cache) if pid != before], "a successor")
 
 
 def wait_for(look: Callable[[], list[int]], what: str) -> list[int]:

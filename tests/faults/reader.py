@@ -2,8 +2,8 @@
 
     python -S reader.py TARGET TRUTH SEED PATH...
 
-It goes on until SIGTERM and then prints {"reads", "bytes", "wrong": [...], "errors": [...]} as JSON. Pages are
-dropped from the page cache once read, so that reading them again asks the daemon again.
+It goes on until SIGTERM and then prints {"reads", "bytes", "wrong": [...], "errors": [...]} as JSON. Pages
+are dropped from the page cache once read, so that reading them again asks the daemon again.
 """
 
 from __future__ import annotations

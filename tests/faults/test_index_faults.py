@@ -15,7 +15,7 @@ from tests.faults.processes import end_daemon
 from tests.faults.world import World, assert_right, read
 from tests.servers import MANIFEST, RegistryServer
 
-ROUNDS = 8
+ROUNDS = 5
 PATHS = ("l0/large", "l1/large", "l2/large", "l4/large", "l15/medium", "bulk/0", "bulk/30", "bulk/59")
 INDEX = "application/vnd.oci.image.index.v1+json"
 
@@ -24,14 +24,10 @@ def _artifact(world: World, registry: RegistryServer, repository: str) -> dict[s
     """The manifest of the index artifact of the sound image."""
     subject = "sha256:" + hashlib.sha256(world.manifest()).hexdigest()
     tag = subject.replace(":", "-")
-    status, _, body = registry.request(
-        "GET", f"/v2/{repository}/manifests/{tag}", headers={"Accept": INDEX}
-    )
+    status, _, body = registry.request("GET", f"/v2/{repository}/manifests/{tag}", headers={"Accept": INDEX})
     assert status == 200
     digest = json.loads(body)["manifests"][0]["digest"]
-    _, _, body = registry.request(
-        "GET", f"/v2/{repository}/manifests/{digest}", headers={"Accept": MANIFEST}
-    )
+    _, _, body = registry.request("GET", f"/v2/{repository}/manifests/{digest}", headers={"Accept": MANIFEST})
     document: dict[str, object] = json.loads(body)
     assert document["artifactType"] == ARTIFACT_TYPE
     return document
@@ -63,8 +59,8 @@ def _attach(
 def test_a_damaged_index_is_passed_over(
     world: World, registry: RegistryServer, mount: Mount, lazyfs: Lazyfs, target: Path, cache: Path
 ) -> None:
-    """With right digests, so that nothing but its own checks notices: the mount builds an index of its own, or
-    fails with a clear error, or reads fail; no wrong byte."""
+    """With right digests, so that nothing but its own checks notices: the mount builds an index of its own,
+    or fails with a clear error, or reads fail; no wrong byte."""
     seed = 1
     rng = random.Random(seed)
     repository = "damaged-index"

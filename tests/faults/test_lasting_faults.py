@@ -56,6 +56,22 @@ def test_lasting_faults_are_io_errors_in_time(
     assert_right(world, target, *paths)
 
 
+def test_a_silent_registry_costs_a_read_no_more_than_its_timeout(
+    world: World, proxy: FaultProxy, mount: Mount
+) -> None:
+    """Though the kernel asks twice: for a failed readahead, and for the page that is waited for."""
+    timeout_s = 5  # GRACE_S is less
+    targets = [
+        mount(world.image(proxy.host), f"backend={backend}", f"timeout={timeout_s}")
+        for backend in ("kernel", "fuse")
+    ]
+    proxy.rules[:] = [Rule("stall", times=None)]
+    paths = [target / path for target in targets for path in ("l0/small", "l1/large", "bulk/3")]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        for one in [pool.submit(assert_io_error, path, timeout_s + GRACE_S) for path in paths]:
+            one.result()
+
+
 def test_a_stopped_registry_fails_reads_until_it_is_back(
     backend: str, world: World, proxy: FaultProxy, mount: Mount
 ) -> None:

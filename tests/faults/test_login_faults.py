@@ -39,9 +39,8 @@ def test_logins_are_renewed_and_stay_with_their_registry(
 
         # The token is refused in the middle of the mount's life: another one is fetched, once.
         before = len(tokens.requests)
-        challenge = (
-            f'Bearer realm="{tokens.url}",service="{tokens.service}",scope="repository:{world.repository}:pull"'
-        )
+        scope = f"repository:{world.repository}:pull"
+        challenge = f'Bearer realm="{tokens.url}",service="{tokens.service}",scope="{scope}"'
         expired = Rule("status", path=BLOBS, status=401, headers={"WWW-Authenticate": challenge}, times=3)
         proxy.rules[:] = [expired]
         assert_right(world, target, "l1/large", "l1/medium")

@@ -24,7 +24,7 @@ COMPRESSIONS = (GZIP, ZSTD_FRAMES, PLAIN, GZIP, ZSTD)
 BULK_FILES = 60
 BLOBS = "/blobs/"
 # A read ends before its deadline; this much later it must have ended on any loaded machine.
-GRACE_S = 6.0
+GRACE_S = 4.0
 _READER_DEADLINE_S = 60
 
 

@@ -288,7 +288,7 @@ def test_a_missing_index_is_built_once(mount: Mount, fake: Path, monkeypatch: py
 
     calls: list[tuple[str, bool]] = []
 
-    def build_missing_index(reference: str, options: MountOptions, push: bool) -> None:
+    def build_missing_index(reference: str, options: MountOptions, push: bool, *, quiet: bool) -> None:
         assert options.cache == str(fake)
         calls.append((reference, push))
         (fake / "built").touch()
@@ -362,8 +362,7 @@ def test_a_killed_fuse_process(mount: Mount, fake: Path, target: Path, second: P
     mount(options="backend=fuse")
     pid = said(fake)[-1]["pid"]
     os.kill(pid, signal.SIGKILL)
-    while Path(f"/proc/{pid}/exe").exists():
-        os.waitpid(pid, 0)
+    os.waitpid(pid, 0)
     unmount.umount(str(target), wait=True)
     assert not mount(options="backend=fuse", place=second).joined
     runtime = Path(paths.runtime_directory(str(fake)))

@@ -68,7 +68,10 @@ def trees(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def pushed(
-    layouts: dict[str, Path], registry: RegistryServer, lazyfs: Lazyfs, tmp_path_factory: pytest.TempPathFactory
+    layouts: dict[str, Path],
+    registry: RegistryServer,
+    lazyfs: Lazyfs,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Pushed:
     """Repository and tag of an image variant in the registry: ``pushed("debian", "zstd", indexed)``. The tag
     "docker" is "gzip" with Docker's schema 2 manifests."""

@@ -1,7 +1,7 @@
 """An image of layers as they are found in the wild: every odd thing that a tar can hold and that is allowed.
 
-`image` is what umoci reads, too. `stranger` has what it cannot read: old sparse formats and files so long that
-an unpacker would write gigabytes; what the mount must show is written down here.
+`image` is what umoci reads, too. `stranger` has what it cannot read: old sparse formats and files so long
+that an unpacker would write gigabytes; what the mount must show is written down here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _base() -> bytes:
     """PAX: names, times and numbers that need it; what later layers change."""
     tar = LayerTar().dir(".", 0o711, uid=3, gid=4, xattrs={"user.root": b"of the root"})
     tar.dir("names").file("names/" + "p" * 255, b"pax long").file("names/\udcff\udcfe", b"not utf-8")
-    tar.file("names/line\nfeed", b"n").file("names/ space ", b"s").file("names/\u00e9", b"utf-8").file("names/-rf")
+    tar.file("names/line\nfeed", b"n").file("names/ space ", b"s").file("names/\u00e9", b"utf-8")
     tar.symlink("names/long target", "t/" * 2000).symlink("names/\udce9", "\udce8")
     tar.file("deep/" * 300 + "file", b"deep")
     tar.file("times/ns", mtime_ns=1_700_000_000_000_000_001).file("times/negative", mtime_ns=-1_500_000_001)
@@ -101,8 +101,8 @@ def _again() -> bytes:
 
 
 def stranger(path: Path, scratch: Path) -> Layout:
-    """A layout with the tag "stranger": sparse files in all four formats, HUGE_PIECES in one of 5 GiB, types of
-    files that POSIX has or says to take for files, and a time far away."""
+    """A layout with the tag "stranger": sparse files in all four formats, HUGE_PIECES in one of 5 GiB, types
+    of files that POSIX has or says to take for files, and a time far away."""
     layout = Layout(path)
     types = member(b"contiguous", b"c", b"7") + member(b"unknown", b"u", b"Q") + END
     far = LayerTar().file("far", mtime_ns=FAR_NS).data()

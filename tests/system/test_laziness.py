@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ def lookups(proxy: FaultProxy) -> list[str]:
     return [request.path.partition("/v2/")[2] for request in proxy.requests if request.path != "/v2/"]
 
 
-def blob_requests(proxy: FaultProxy, digests: object) -> int:
-    return proxy.count(path="/blobs/(" + "|".join(digests) + ")")  # type: ignore[call-overload]
+def blob_requests(proxy: FaultProxy, digests: Iterable[str]) -> int:
+    return proxy.count(path="/blobs/(" + "|".join(digests) + ")")
 
 
 @pytest.fixture(scope="module")
-def two_layers(tmp_path_factory: pytest.TempPathFactory, registry: RegistryServer, lazyfs: Lazyfs) -> list[str]:
+def two_layers(
+    tmp_path_factory: pytest.TempPathFactory, registry: RegistryServer, lazyfs: Lazyfs
+) -> list[str]:
     """Two indexed images over one common layer, which has "common"; the second one has "own", too."""
     directory = tmp_path_factory.mktemp("two")
     layout = Layout(directory / "layout")
@@ -168,7 +170,7 @@ def test_the_index_is_found_by_the_fallback_tag(
     full: tuple[Host, FaultProxy, str], registry: RegistryServer, layouts: dict[str, Path]
 ) -> None:
     """docker-registry 2.8 has no referrers API (distribution-spec, "Referrers Tag Schema")."""
-    _, proxy, image = full
+    image = full[2]
     repository = image.partition("/")[2]
     digest = Layout(layouts["busybox"]).resolve("gzip")["digest"]
     assert registry.request("GET", f"/v2/{repository}/referrers/{digest}")[0] == 404

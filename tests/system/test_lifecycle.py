@@ -131,7 +131,9 @@ def upper(tmp_path: Path) -> str:
     return f"rw,upperdir={tmp_path}/up,workdir={tmp_path}/work"
 
 
-def test_what_is_written_to_an_upper_directory_stays(machine: Host, image: str, upper: str, tmp_path: Path) -> None:
+def test_what_is_written_to_an_upper_directory_stays(
+    machine: Host, image: str, upper: str, tmp_path: Path
+) -> None:
     first = machine.mount(image, options=upper)
     (first / "etc/new").write_text("new")
     (first / "etc/passwd").unlink()

@@ -1,6 +1,6 @@
 """mount(8), umount(8) and fstab(5) with lazyfs: by way of /sbin/mount.lazyfs, as `make setup` installs it.
 
-The helper is put over /sbin in a mount namespace of the test's own, so that the host keeps whatever it has there.
+The helper is put over /sbin in a mount namespace of the test's own, so that the host keeps what it has there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def kernel_host(lazyfs: Lazyfs, tmp_path: Path) -> Iterator[Host]:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Script:
-    """Runs a shell script where `mount -t lazyfs` and `mount -t fuse.lazyfs` work; its arguments are $1, $2..."""
+    """Runs a shell script where `mount -t lazyfs` and `mount -t fuse.lazyfs` work, with arguments."""
     helpers = tmp_path / "sbin"
     helpers.mkdir()
     for name in ("mount.lazyfs", "mount.fuse.lazyfs"):
@@ -53,7 +53,8 @@ def script(tmp_path: Path) -> Script:
 
 def test_mount_and_umount(machine: Host, script: Script, image: str) -> None:
     text = """
-    mount -t lazyfs "$1" "$2" -o "$3" && cat "$2/etc/passwd" && awk '{print $5, $6}' /proc/self/mountinfo | tail -1
+    mount -t lazyfs "$1" "$2" -o "$3" && cat "$2/etc/passwd" || exit
+    awk '{print $5, $6}' /proc/self/mountinfo | tail -1
     umount "$2" && ls -A "$2"
     """
     target = machine.target()
@@ -72,7 +73,8 @@ def test_the_type_of_proc_mounts_means_the_fuse_backend(machine: Host, script: S
 
 def test_fake_sloppy_and_no_mtab(machine: Host, script: Script, image: str) -> None:
     target = machine.target()
-    nothing = script('mount -f -t lazyfs "$1" "$2" -o "$3"; echo $?; ls -A "$2"', image, target, machine.options)
+    text = 'mount -f -t lazyfs "$1" "$2" -o "$3"; echo $?; ls -A "$2"'
+    nothing = script(text, image, target, machine.options)
     assert nothing.stdout == "0\n"
     assert not list((machine.cache).iterdir())  # not even a daemon was started
     text = """mount -s -n -t lazyfs "$1" "$2" -o "$3,nonsense=1" && ls "$2/etc/passwd" && umount "$2" """
@@ -102,7 +104,11 @@ def test_exit_codes_and_messages(
 
 
 def test_a_mount_point_that_is_taken(kernel_host: Host, script: Script, image: str) -> None:
-    text = """mount -t lazyfs "$1" "$2" -o "$3" || exit; mount -t lazyfs "$1" "$2" -o "$3"; echo $?; umount "$2" """
+    text = """
+    mount -t lazyfs "$1" "$2" -o "$3" || exit
+    mount -t lazyfs "$1" "$2" -o "$3"; echo $?
+    umount "$2"
+    """
     result = script(text, image, kernel_host.target(), kernel_host.options)
     assert result.stdout == "32\n" and "already" in result.stderr
 
@@ -132,6 +138,8 @@ def test_mount_py_of_a_source_tree(machine: Host, image: str) -> None:
     target = machine.target()
     command = [sys.executable, str(ROOT / "mount.py"), image, str(target), "-o", machine.options]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run(
+        command, env=environment, cwd="/", capture_output=True, text=True, timeout=DEADLINE_S
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert mount_at(str(target)) is not None and (target / "etc/passwd").exists()

@@ -53,7 +53,7 @@ TARS = {
 
 @pytest.fixture(scope="module")
 def machine(lazyfs: Lazyfs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """The index pass is the same for both backends: here the kernel's asks for it. Its daemon stays throughout."""
+    """The index pass is the same for both backends: here the kernel's asks for it. Its daemon stays."""
     directory = tmp_path_factory.mktemp("refusals")
     with host(lazyfs, directory, "kernel") as made, foreground_daemon(made.cache, linger_s=600):
         yield made

@@ -1,5 +1,5 @@
-"""The mounted tree is what `umoci unpack` makes of the same image: whatever the layers, both backends, with an
-index and without."""
+"""The mounted tree is what `umoci unpack` makes of the same image: whatever the layers, on both backends, with
+an index and without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tree of files is, so that two can be compared: the mount, and what `umoci unpack` makes of the image."""
+"""What a tree of files is, so that the mount can be compared with what `umoci unpack` makes of the image."""
 
 from __future__ import annotations
 

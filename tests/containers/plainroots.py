@@ -1,6 +1,6 @@
 """Containers without images: the root is a directory, under an overlay as `lazyfs run` has it.
 
-Also a program, so that signals can be sent to it: ``python -m tests.edges.plainroots TEMPLATE STATE ARG...``
+Also a program, so that signals can be sent to it: ``python -m tests.containers.plainroots TEMPLATE STATE ARG...``
 runs ``lazyfs run ARG...`` with TEMPLATE/root as the image's root, TEMPLATE/config.json as its configuration,
 and containers' directories below STATE.
 """
