@@ -25,6 +25,7 @@ MOUNT_OPTIONS = """mount options (-o, separated by commas; a value with a comma 
   ro, rw                 read-only (default); or writable, by an overlay whose upper directory is thrown
                          away at the end
   upperdir=, workdir=    keep what is written there (with rw; both on one file system)
+  ephemeral              rw without upperdir=, by a name that also mount(8) and fstab pass on
   backend=               auto (default), kernel (EROFS; root, Linux 6.12) or fuse (also without root)
   offline                ask no registry: what is cached must do
   cache=DIR              the block cache (root: /var/cache/lazyfs, others: ~/.cache/lazyfs)
@@ -173,7 +174,7 @@ def _mounting(add: _Add, mount_options: _AddOption) -> None:
         "  lazyfs mount debian:12 /mnt\n"
         "  lazyfs mount -o rw,upperdir=/srv/up,workdir=/srv/work registry.example/app:1 /mnt\n"
         "  lazyfs mount -o backend=fuse oci:layout:app ~/root\n"
-        "  mount -t lazyfs debian:12 /mnt -o rw\n"
+        "  mount -t lazyfs debian:12 /mnt -o ephemeral\n"
         "  fstab: debian:12 /mnt lazyfs _netdev,nofail,x-systemd.automount 0 0\n\n",
         more=MOUNT_OPTIONS,
         description="Mounts an image's root file system, and returns when it is usable.",

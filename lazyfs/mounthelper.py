@@ -4,6 +4,9 @@
 
 mount(8), "EXTERNAL HELPERS" gives the arguments, "EXIT STATUS" the codes: 0 success, 1 wrong invocation or
 permissions, 2 system error, 8 user interrupt, 32 mount failure.
+
+mount(8) passes `rw` also when nobody wrote it. So here, unlike for `lazyfs mount`, `rw` means a writable root only
+together with upperdir=; a root whose changes are thrown away is asked for by `ephemeral`.
 """
 
 from __future__ import annotations
@@ -67,10 +70,14 @@ def parse(arguments: Sequence[str], program: str = "mount.lazyfs") -> Invocation
         raise UserError("an image and a directory are needed", USAGE)
     by_fuse = "fuse.lazyfs" in (kind, os.path.basename(program).removeprefix("mount."))
     base = options.MountOptions(backend="fuse" if by_fuse else "auto")
+    parsed = options.parse(texts, base, sloppy="s" in flags)
+    if parsed.writable and parsed.upperdir is None and not parsed.ephemeral:
+        # mount(8) says `rw` whether or not the user did, and our default is read-only.
+        parsed = parsed._replace(writable=False)
     return Invocation(
         words[0],
         words[1],
-        options.parse(texts, base, sloppy="s" in flags),
+        parsed,
         "f" in flags,
         "v" in flags,
         namespace,

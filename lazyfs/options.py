@@ -41,6 +41,7 @@ class MountOptions(NamedTuple):
     """Parsed mount options. Paths are absolute. Defaults: read-only, nodev, nosuid."""
 
     writable: bool = False
+    ephemeral: bool = False  # writable was asked for by this name, with no upperdir in mind
     upperdir: str | None = None
     workdir: str | None = None
     backend: str = "auto"
@@ -98,6 +99,7 @@ def quote(value: str) -> str:
 _FLAGS: dict[str, dict[str, bool]] = {
     "ro": {"writable": False},
     "rw": {"writable": True},
+    "ephemeral": {"writable": True, "ephemeral": True},
     "dev": {"dev": True},
     "nodev": {"dev": False},
     "suid": {"suid": True},

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs import options
+from lazyfs import mounthelper, options
 from lazyfs.errors import UserError
 from lazyfs.options import MountOptions, parse, quote, split
 
@@ -148,3 +148,13 @@ def test_any_text_gives_options_or_the_clear_error(texts: list[str]) -> None:
         parse(texts)
     except UserError as error:
         assert error.hint
+
+
+def test_mount_says_rw_for_everybody() -> None:
+    def writable(text: str) -> bool:
+        return mounthelper.parse(["image", "/mnt", "-o", text]).options.writable
+
+    assert not writable("rw")
+    assert writable("rw,ephemeral")
+    assert writable("rw,upperdir=/u,workdir=/w")
+    assert not writable("rw,ephemeral,ro")

@@ -118,7 +118,7 @@ def test_fstab(machine: Host, script: Script, image: str, tmp_path: Path) -> Non
     table = tmp_path / "fstab"
     table.write_text(
         f"{image} {first} lazyfs ro,_netdev,nofail,{machine.options} 0 0\n"
-        f"{image} {second} lazyfs _netdev,noauto,rw,{machine.options} 0 0\n"
+        f"{image} {second} lazyfs _netdev,noauto,ephemeral,{machine.options} 0 0\n"
         f"oci:/nowhere:x {third} lazyfs _netdev,nofail,noauto,{machine.options} 0 0\n"
     )
     text = """
