@@ -11,8 +11,13 @@ from pathlib import Path
 from benchmarks.command import PROGRAM, Lazyfs
 from benchmarks.host import run, timed
 
-IMPORTS = "asyncio, email.message, http.client, json, platform, sqlite3, ssl, urllib.request, xml.dom.minidom"
+# What a script of some size imports; and what a network client does, which loads OpenSSL and SQLite, too.
+IMPORTS = "argparse, datetime, json, logging, pathlib, platform, re, subprocess"
+MANY_IMPORTS = (
+    "asyncio, email.message, http.client, json, platform, sqlite3, ssl, urllib.request, xml.dom.minidom"
+)
 PYTHON_START = ("python3", "-c", f"import {IMPORTS}; print(platform.python_version())")
+PYTHON_LONG_START = ("python3", "-c", f"import {MANY_IMPORTS}; print(platform.python_version())")
 _names = itertools.count()
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from benchmarks import command, host, image
 from benchmarks.attached import index_bytes
 from benchmarks.command import Lazyfs
-from benchmarks.containers import IMPORTS
+from benchmarks.containers import MANY_IMPORTS
 from tests.layout import push
 from tests.servers import RegistryServer
 
 REPOSITORY = "demo/python-node"
-PROGRAM = f"import {IMPORTS}; print('Python', platform.python_version(), 'with', ssl.OPENSSL_VERSION)"
+PROGRAM = f"import {MANY_IMPORTS}; print('Python', platform.python_version(), 'with', ssl.OPENSSL_VERSION)"
 
 
 def main() -> int:

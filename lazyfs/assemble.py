@@ -18,41 +18,43 @@ class Fragments:
     def __init__(self, layer: CachedLayer) -> None:
         self._layer = layer
         self._lock = threading.Lock()
-        self._parts: collections.OrderedDict[int, dict[int, bytes]] = collections.OrderedDict()
+        # By block: where in it a part begins -> the part.
+        self._parts: collections.OrderedDict[int, dict[int, bytearray]] = collections.OrderedDict()
 
-    def holds(self, block: int, span: Span) -> bool:
-        """Whether all of the block that lies in this span is kept here."""
-        table = self._layer.table
-        at = max(0, span.tar_start - table.tar_offsets[block])
-        end = min(table.lengths[block], span.tar_end - table.tar_offsets[block])
+    def lacks_from(self, block: int, span: Span) -> int | None:
+        """The first plain byte of a block in a span that is not kept here; None if all of that are."""
+        start = self._layer.table.tar_offsets[block]
+        at = max(start, span.tar_start)
         with self._lock:
-            parts = self._parts.get(block, {})
-            for start in sorted(parts):
-                if start <= at:
-                    at = max(at, start + len(parts[start]))
-        return at >= end
+            for offset, part in sorted(self._parts.get(block, {}).items()):
+                if start + offset <= at:
+                    at = max(at, start + offset + len(part))
+        return at if at < min(start + self._layer.table.lengths[block], span.tar_end) else None
 
-    def forget(self, blocks: list[int]) -> None:
-        """Drops all parts of these blocks."""
+    def forget(self, block: int) -> None:
+        """Drops all parts of a block."""
         with self._lock:
-            for block in blocks:
-                self._parts.pop(block, None)
+            self._parts.pop(block, None)
 
-    def add(self, block: int, offset: int, part: bytes) -> bytes | None:
-        """Keeps a part; returns the whole block if this was what was missing. Forget it once it is published:
-        until then nobody must think that its parts have to be fetched again.
+    def add(self, block: int, offset: int, part: bytes | memoryview) -> bytes | None:
+        """Keeps a copy of a part; returns the whole block if this was what was missing. Forget it once it is
+        published: until then nobody must think that its parts have to be fetched again.
         """
         with self._lock:
             parts = self._parts.setdefault(block, {})
-            parts[offset] = part
             self._parts.move_to_end(block)
-            pieces = []
+            before = next((one for one, kept in parts.items() if one + len(kept) == offset), None)
+            if before is not None and offset not in parts:
+                parts[before] += part  # a layer of tiny members comes in thousands of parts a block
+            else:
+                parts[offset] = bytearray(part)
+            pieces: list[bytearray] = []
             end = 0
-            for start in sorted(parts):
+            for start, kept in sorted(parts.items()):
                 if start > end:
                     break
-                pieces.append(parts[start][end - start :])
-                end = max(end, start + len(parts[start]))
+                pieces.append(kept[end - start :] if end > start else kept)
+                end = max(end, start + len(kept))
             if end == self._layer.table.lengths[block]:
                 return b"".join(pieces)
             if len(self._parts) > _MAX_FRAGMENTS:
@@ -83,11 +85,11 @@ class Assembler:
             part = view[low - start : high - start]
             if low == first and high == last:
                 self._publish(block, part)
-            elif (whole := self._fragments.add(block, low - first, bytes(part))) is not None:
+            elif (whole := self._fragments.add(block, low - first, part)) is not None:
                 try:
                     self._publish(block, whole)
                 finally:
-                    self._fragments.forget([block])
+                    self._fragments.forget(block)
 
     def _publish(self, block: int, content: bytes | memoryview) -> None:
         if not self._layer.publish(block, content):

@@ -86,16 +86,23 @@ class _OriginGone(RemoteError):
 
 
 class _Flight:
-    """A span on its way, at least up to the plain byte `target` of the layer. `changed` is set, and replaced,
-    whenever blocks of it were published.
+    """A span on its way: those of its plain bytes from `begin` to `target` that are not here, at least (more with a
+    neighbour in the same request). `changed` is set, and replaced, whenever blocks of it were published.
     """
 
-    def __init__(self, sequence: int) -> None:
+    def __init__(self, sequence: int, span: Span, begin: int) -> None:
         self.sequence = sequence
-        self.target = 0
+        self.span = span
+        self.begin = begin
+        self.target = span.tar_start
         self.changed = trio.Event()
         self.error: LazyfsError | None = None
         self.done = False
+
+    def aim(self, begin: int, target: int) -> None:
+        """Has it bring these plain bytes, too."""
+        self.begin = min(self.begin, begin)
+        self.target = max(self.target, min(target, self.span.tar_end))
 
     def tell(self) -> None:
         self.changed.set()
@@ -145,7 +152,7 @@ class LayerFetcher:
             if flight is None:
                 # Every span of it came, and still it is not there: a part was damaged. Once more from the
                 # start.
-                self._fragments.forget(missing)
+                self._fragments.forget(first)
                 await trio.lowlevel.checkpoint()
             else:
                 await flight.changed.wait()
@@ -153,8 +160,10 @@ class LayerFetcher:
                     if flight.sequence <= launched_before or isinstance(flight.error, _OriginGone):
                         continue  # another reader's failure, of a time before this one: try for ourselves
                     raise flight.error
-                if not flight.done or self.layer.has(first) or flight.target < self._end_of(first):
+                if not flight.done or self.layer.has(first):
                     continue
+                if flight.target < min(self._end_of(first), flight.span.tar_end):
+                    continue  # it was on its way already, to a place before this block
             rounds += 1
             if rounds > _MAX_ROUNDS:
                 raise RemoteError(
@@ -176,6 +185,8 @@ class LayerFetcher:
         """
         gone = [origin for origin in self.origins if origin.source is source]
         self.origins = [origin for origin in self.origins if origin.source is not source]
+        for key in [key for key in self._cursors if self._source_of(key[0]) is None]:
+            del self._cursors[key]
         return gone
 
     def _start(self, missing: list[int]) -> _Flight | None:
@@ -186,48 +197,51 @@ class LayerFetcher:
         spans = self.origins[0].spans
         first_flight: _Flight | None = None
         for block in missing:
+            target = self._end_of(block) + SLACK_BYTES
             for number in spans_for_block(self.layer.table, spans, block):
-                if (spans, number) in self._flights:
-                    self._aim(spans, number, self._end_of(block) + SLACK_BYTES)
-                elif self._fragments.holds(block, spans[number]):
-                    continue  # it came with a neighbour, and waits for the block's other part
+                flight = self._flights.get((spans, number))
+                if flight is None:
+                    begin = self._fragments.lacks_from(block, spans[number])
+                    if begin is None:
+                        continue  # it came with a neighbour, and waits for the block's other part
+                    flight = self._launch(spans, number, begin, target)
                 else:
-                    self._launch(spans, number, self._end_of(block) + SLACK_BYTES)
-                if first_flight is None:
-                    first_flight = self._flights[spans, number]
+                    self._aim(spans, number, block, target)
+                first_flight = first_flight or flight
             if first_flight is None:
                 return None
         first, last = (spans_for_block(self.layer.table, spans, block) for block in (missing[0], missing[-1]))
         ahead = self._readahead.after(first.start, last.stop)
         if ahead:  # what goes through a layer in order wants whole spans
             for number in range(first.start, last.stop):
-                self._aim(spans, number, spans[number].tar_end)
+                self._aim(spans, number, None, spans[number].tar_end)
         for number in ahead:
             if number < len(spans) and (spans, number) not in self._flights and self._lacks(spans[number]):
-                self._launch(spans, number, spans[number].tar_end)
+                self._launch(spans, number, spans[number].tar_end, spans[number].tar_end)
         return first_flight
 
     def _end_of(self, block: int) -> int:
         """Where a block ends in the plain layer."""
         return self.layer.table.tar_offsets[block] + self.layer.table.lengths[block]
 
-    def _aim(self, spans: SpanTable, number: int, target: int) -> None:
-        """Has a span that is wanted, but not under way yet, fetched further."""
+    def _aim(self, spans: SpanTable, number: int, block: int | None, target: int) -> None:
+        """Has a span that is wanted, but not under way yet, fetched further, and for this block, too."""
         if number in self._wanted.get(spans, ()):
-            flight = self._flights[spans, number]
-            flight.target = max(flight.target, target)
+            begin = None if block is None else self._fragments.lacks_from(block, spans[number])
+            self._flights[spans, number].aim(target if begin is None else begin, target)
 
     def _lacks(self, span: Span) -> bool:
         """Whether a block of the span is absent; one that lies wholly in it stands for all."""
         blocks = self.layer.table.from_tar(span.tar_start, span.tar_end)
         return bool(self.layer.missing(blocks[1:-1] or blocks))
 
-    def _launch(self, spans: SpanTable, number: int, target: int) -> None:
+    def _launch(self, spans: SpanTable, number: int, begin: int, target: int) -> _Flight:
         self._launched += 1
-        self._flights[spans, number] = _Flight(self._launched)
-        self._flights[spans, number].target = target
+        flight = self._flights[spans, number] = _Flight(self._launched, spans[number], begin)
+        flight.aim(begin, target)
         self._wanted[spans].add(number)
         self._nursery.start_soon(self._fly, spans, number)
+        return flight
 
     async def _fly(self, spans: SpanTable, number: int) -> None:
         run = range(number, number + 1)
@@ -303,18 +317,21 @@ class LayerFetcher:
     async def _fetch_once(self, origin: Origin, run: list[Span]) -> int:
         """Fetches and publishes one run; returns how many blocks did not verify.
 
-        Its last span is fetched only as far as it is wanted. Its first one goes on where it was left.
+        Its last span is fetched only as far as it is wanted. Its first one goes on where it was left, unless
+        something before that is wanted once more (it was damaged).
         """
         spans = origin.spans
         last = run[-1]
-        target = min(self._flights[spans, last.number].target, last.tar_end)
-        cursor = self._cursors.pop((spans, run[0].number), None)
-        if cursor is None or cursor.tar_at >= (target if len(run) == 1 else run[0].tar_end):
-            # Never begun, or begun and nevertheless wanted: a block of it was damaged.
+        flight = self._flights[spans, last.number]
+        begin = self._flights[spans, run[0].number].begin
+        fresh = [await self._decoder(origin, span) for span in run[1:]]
+        cursor = self._cursors.get((spans, run[0].number))
+        if cursor is None or cursor.tar_at > begin:
             cursor = _Cursor(await self._decoder(origin, run[0]), run[0].blob_start, run[0].tar_start)
-        decoders = [cursor.decoder] + [await self._decoder(origin, span) for span in run[1:]]
+        self._cursors.pop((spans, run[0].number), None)
+        decoders = [cursor.decoder, *fresh]
         assembler = Assembler(self.layer, self._fragments, cursor.tar_at)
-        end = spans.blob_end_for(last, target)
+        end = spans.blob_end_for(last, flight.target)
         if end <= cursor.blob_at:  # it was to lead there, and did not
             end = last.blob_end
 
@@ -329,12 +346,17 @@ class LayerFetcher:
                     decoder.finish()
 
         # One request, but for a span that is larger than that (a layer of a single zstd frame).
-        while cursor.blob_at < end and assembler.at < target:
+        while cursor.blob_at < end and assembler.at < flight.target:
             stop = end if len(run) > 1 else min(end, cursor.blob_at + REQUEST_BYTES)
-            data = await self._range(origin, cursor.blob_at, stop)
+            try:
+                data = await self._range(origin, cursor.blob_at, stop)
+            except BaseException:
+                if not assembler.bad:
+                    self._keep(spans, run[0].number, cursor)  # as it stands: whoever tries again goes on
+                raise
             await trio.to_thread.run_sync(decode, data, cursor.blob_at, limiter=self._limits.decoders)
-            cursor.blob_at = stop
-            self._flights[spans, last.number].tell()
+            cursor.blob_at, cursor.tar_at = stop, assembler.at
+            flight.tell()
         if assembler.at >= last.tar_end or cursor.blob_at >= last.blob_end:
             decoders[-1].finish()
         elif not assembler.bad:
@@ -342,6 +364,8 @@ class LayerFetcher:
         return assembler.bad
 
     def _keep(self, spans: SpanTable, number: int, cursor: _Cursor) -> None:
+        if cursor.tar_at == spans[number].tar_start or self._source_of(spans) is None:
+            return
         self._cursors[spans, number] = cursor
         limit = _MAX_FRAME_CURSORS if spans.compression is Compression.ZSTD else _MAX_CURSORS
         while len(self._cursors) > limit:
