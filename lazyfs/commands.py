@@ -14,8 +14,9 @@ import trio
 
 from lazyfs import evict, paths
 from lazyfs.cache import BlockCache
+from lazyfs.core.erofsread import ErofsReader
 from lazyfs.core.oci import parse_config
-from lazyfs.errors import LazyfsError, RemoteError, UserError
+from lazyfs.errors import ImageError, LazyfsError, RemoteError, UserError
 from lazyfs.indexer import BuiltIndex, build_index
 from lazyfs.options import MountOptions
 from lazyfs.progress import LayerBars
@@ -137,7 +138,7 @@ async def _build(
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """`lazyfs inspect IMAGE`: layers, sizes, and whether an index is here or attached."""
+    """`lazyfs inspect IMAGE`: layers, sizes, and whether an index is here or attached, and sound."""
     options: MountOptions = args.options
     cache = BlockCache(paths.cache_directory(options.cache))
     report: dict[str, Any] = {}
@@ -147,17 +148,22 @@ def inspect(args: argparse.Namespace) -> int:
             with trio.fail_after(_DOCUMENTS_S):
                 config = parse_config(await load_config(cache, resolved))
                 here = has_index(cache, resolved.manifest_digest)
+                found, state = None, "damaged" if here else "none"
                 try:
                     found, _ = await load_index(cache, resolved, offline=options.offline)
+                    state = "in the cache" if here else "attached"
+                    await trio.to_thread.run_sync(ErofsReader(found.namespace()).check)
                 except NeedsIndexError:
-                    found = None
+                    pass
+                except ImageError:
+                    state = "damaged"
             details = found.layers if found else ()
             report.update(
                 image=str(resolved.reference),
                 manifest_digest=resolved.manifest_digest,
                 platform=f"{config.os}/{config.architecture}",
                 image_bytes=sum(layer.size_bytes for layer in resolved.manifest.layers),
-                index="in the cache" if here else "attached" if found else "none",
+                index=state,
                 layers=[
                     {
                         "digest": layer.digest,
@@ -177,10 +183,8 @@ def inspect(args: argparse.Namespace) -> int:
         return 0
     print(f"{report['image']}  {report['platform']}  {human_bytes(report['image_bytes'])}")
     print(f"manifest  {report['manifest_digest']}")
-    print(
-        f"index     {report['index']}"
-        + ("" if report["index"] != "none" else " (lazyfs index --push attaches one)")
-    )
+    hint = {"none": " (lazyfs index --push attaches one)", "damaged": " (lazyfs index --push attaches a sound one)"}
+    print(f"index     {report['index']}{hint.get(report['index'], '')}")
     rows = [
         [
             layer["digest"].removeprefix("sha256:")[:12],

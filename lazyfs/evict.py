@@ -132,7 +132,8 @@ def _sweep(cache: BlockCache) -> None:
 def _newest(path: str) -> float:
     if not os.path.isdir(path):
         return 0.0
-    return max((entry.stat().st_mtime for entry in os.scandir(path)), default=0.0)
+    with os.scandir(path) as entries:
+        return max((entry.stat(follow_symlinks=False).st_mtime for entry in entries), default=0.0)
 
 
 def _disk_bytes(path: str) -> int:

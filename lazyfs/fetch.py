@@ -196,25 +196,29 @@ class LayerFetcher:
         """
         spans = self.origins[0].spans
         first_flight: _Flight | None = None
+        spare: _Flight | None = None  # perhaps just publishing it
         for block in missing:
             target = self._end_of(block) + SLACK_BYTES
             for number in spans_for_block(self.layer.table, spans, block):
                 flight = self._flights.get((spans, number))
+                begin = self._fragments.lacks_from(block, spans[number])
+                if begin is None:  # it came with a neighbour, and waits for the block's other part
+                    spare = spare or flight
+                    continue
                 if flight is None:
-                    begin = self._fragments.lacks_from(block, spans[number])
-                    if begin is None:
-                        continue  # it came with a neighbour, and waits for the block's other part
                     flight = self._launch(spans, number, begin, target)
                 else:
-                    self._aim(spans, number, block, target)
+                    self._aim(spans, number, begin, target)
                 first_flight = first_flight or flight
             if first_flight is None:
-                return None
+                if spare is None:
+                    return None
+                first_flight = spare
         first, last = (spans_for_block(self.layer.table, spans, block) for block in (missing[0], missing[-1]))
         ahead = self._readahead.after(first.start, last.stop)
         if ahead:  # what goes through a layer in order wants whole spans
             for number in range(first.start, last.stop):
-                self._aim(spans, number, None, spans[number].tar_end)
+                self._aim(spans, number, spans[number].tar_end, spans[number].tar_end)
         for number in ahead:
             if number < len(spans) and (spans, number) not in self._flights and self._lacks(spans[number]):
                 self._launch(spans, number, spans[number].tar_end, spans[number].tar_end)
@@ -224,11 +228,10 @@ class LayerFetcher:
         """Where a block ends in the plain layer."""
         return self.layer.table.tar_offsets[block] + self.layer.table.lengths[block]
 
-    def _aim(self, spans: SpanTable, number: int, block: int | None, target: int) -> None:
-        """Has a span that is wanted, but not under way yet, fetched further, and for this block, too."""
+    def _aim(self, spans: SpanTable, number: int, begin: int, target: int) -> None:
+        """Has a span that is wanted, but not under way yet, bring these plain bytes, too."""
         if number in self._wanted.get(spans, ()):
-            begin = None if block is None else self._fragments.lacks_from(block, spans[number])
-            self._flights[spans, number].aim(target if begin is None else begin, target)
+            self._flights[spans, number].aim(begin, target)
 
     def _lacks(self, span: Span) -> bool:
         """Whether a block of the span is absent; one that lies wholly in it stands for all."""
@@ -332,8 +335,8 @@ class LayerFetcher:
         decoders = [cursor.decoder, *fresh]
         assembler = Assembler(self.layer, self._fragments, cursor.tar_at)
         end = spans.blob_end_for(last, flight.target)
-        if end <= cursor.blob_at:  # it was to lead there, and did not
-            end = last.blob_end
+        kept = (run[0].number, cursor)  # as far as the last request led
+        blob_at = cursor.blob_at
 
         def decode(data: bytes, start: int) -> None:
             for span, decoder in zip(run, decoders, strict=True):
@@ -346,25 +349,28 @@ class LayerFetcher:
                     decoder.finish()
 
         # One request, but for a span that is larger than that (a layer of a single zstd frame).
-        while cursor.blob_at < end and assembler.at < flight.target:
-            stop = end if len(run) > 1 else min(end, cursor.blob_at + REQUEST_BYTES)
+        while assembler.at < flight.target and blob_at < last.blob_end:
+            if blob_at >= end:  # it was to lead there, and did not
+                end = last.blob_end
+            stop = min(end, blob_at + REQUEST_BYTES)
             try:
-                data = await self._range(origin, cursor.blob_at, stop)
+                data = await self._range(origin, blob_at, stop)
             except BaseException:
                 if not assembler.bad:
-                    self._keep(spans, run[0].number, cursor)  # as it stands: whoever tries again goes on
+                    self._keep(spans, *kept)  # whoever tries again goes on
                 raise
-            await trio.to_thread.run_sync(decode, data, cursor.blob_at, limiter=self._limits.decoders)
-            cursor.blob_at, cursor.tar_at = stop, assembler.at
+            await trio.to_thread.run_sync(decode, data, blob_at, limiter=self._limits.decoders)
+            blob_at = stop
+            kept = (last.number, _Cursor(decoders[-1], blob_at, assembler.at))
             flight.tell()
-        if assembler.at >= last.tar_end or cursor.blob_at >= last.blob_end:
+        if assembler.at >= last.tar_end or blob_at >= last.blob_end:
             decoders[-1].finish()
         elif not assembler.bad:
-            self._keep(spans, last.number, _Cursor(decoders[-1], cursor.blob_at, assembler.at))
+            self._keep(spans, *kept)
         return assembler.bad
 
     def _keep(self, spans: SpanTable, number: int, cursor: _Cursor) -> None:
-        if cursor.tar_at == spans[number].tar_start or self._source_of(spans) is None:
+        if cursor.blob_at == spans[number].blob_start or self._source_of(spans) is None:
             return
         self._cursors[spans, number] = cursor
         limit = _MAX_FRAME_CURSORS if spans.compression is Compression.ZSTD else _MAX_CURSORS

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from lazyfs.core.blocks import BlockTableBuilder, pack_table
 from lazyfs.core.deflate import WINDOW_BYTES
 from lazyfs.core.index import Index, LayerRecord, encode_index, pack_windows, unpack_windows
-from lazyfs.core.spans import WINDOWS_PER_GROUP, Compression, encode_spans
+from lazyfs.core.spans import WINDOWS_PER_GROUP, Compression, Point, PointKind, encode_points
 from lazyfs.errors import ImageError
 
 NAMESPACE = bytes(range(256)) * 16
 MANIFEST = "sha256:" + "ab" * 32
-SPANS = encode_spans([(10, 0, 0, False)])
+SPANS = encode_points([Point(10, 0, 0, PointKind.ENTRY)])
 
 
 def make_table() -> bytes:
@@ -61,6 +61,11 @@ def test_what_goes_in_comes_out() -> None:
     assert index.layers == (RECORD,)
     assert (index.namespace(), index.table(0), index.spans(0)) == (NAMESPACE, TABLE, SPANS)
     assert encode_index(MANIFEST, NAMESPACE, [RECORD], [pack_table(TABLE)], [SPANS]) == BLOB
+
+
+def test_the_namespace_is_decoded_once() -> None:
+    index = Index(BLOB)
+    assert index.namespace() is index.namespace()
 
 
 def test_an_image_without_layers_has_an_index() -> None:

@@ -25,12 +25,13 @@ from hypothesis import strategies as st
 from lazyfs.cache import BlockCache
 from lazyfs.core.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.plan import spans_for_block
-from lazyfs.core.spans import Compression, SpanTable, encode_spans
+from lazyfs.core.spans import Compression, Point, SpanTable, encode_points
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
-from lazyfs.fetch import FetchLimits, LayerFetcher, LayerHandle, Origin, Windows
+from lazyfs.fetch import FetchLimits, LayerFetcher, LayerHandle, Origin
 from lazyfs.inflate import layer_inflater
 from lazyfs.source import Source
 from lazyfs.transfer import TransferCounters
+from lazyfs.windows import Windows
 from tests.edges.cachelayers import make_layer
 
 SIZES = [
@@ -64,6 +65,7 @@ class Stored:
 
     blob: bytes
     spans: SpanTable
+    points: list[Point] = field(default_factory=list)
     groups: tuple[tuple[int, int], ...] = ()
     windows: bytes = b""
 
@@ -82,12 +84,12 @@ def stored(kind: str) -> Stored:
     compression = Compression.GZIP if kind in ("gzip", "members") else Compression.ZSTD
     inflater = layer_inflater(compression)
     assert b"".join([*inflater.feed(blob), *inflater.finish()]) == tar()
-    spans = SpanTable(compression, len(blob), len(tar()), encode_spans(inflater.starts))
+    spans = SpanTable(compression, len(blob), len(tar()), encode_points(inflater.points))
     groups, at = [], 0
     for group in inflater.window_groups:
         groups.append((at, len(group)))
         at += len(group)
-    return Stored(blob, spans, tuple(groups), b"".join(inflater.window_groups))
+    return Stored(blob, spans, inflater.points, tuple(groups), b"".join(inflater.window_groups))
 
 
 @dataclass(eq=False)
@@ -142,6 +144,17 @@ class Rig:
         """Reads, and compares with the truth."""
         expected = LAYER.device[address : address + size_bytes]
         assert await self.handle.read(address, size_bytes) == expected
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of the blob that came so far."""
+        return sum(end - start for start, end in self.source.ranges)
+
+    async def landed(self) -> None:
+        """Waits for the end of all flights."""
+        with trio.fail_after(10):
+            while self.nursery.child_tasks:
+                await trio.lowlevel.checkpoint()
 
     def blocks(self, *numbers: int) -> tuple[int, int]:
         """Address and size of a run of blocks."""
@@ -294,11 +307,7 @@ async def test_a_cancelled_reader_leaves_the_flight_going() -> None:
         go_on.set()
         await it.read(address, size)
         assert len(it.source.ranges) == 1
-        with trio.fail_after(5):
-            while it.nursery.child_tasks:
-                await trio.testing.wait_all_tasks_blocked()
-                if it.nursery.child_tasks:
-                    await trio.lowlevel.checkpoint()
+        await it.landed()
 
 
 async def test_a_layer_without_a_source_says_so() -> None:
@@ -312,7 +321,7 @@ async def test_another_origin_steps_in_for_one_that_fails() -> None:
     async with rig("gzip") as it:
         kept = stored("gzip")
         broken = FakeSource(kept, [refuse] * 100)
-        again = SpanTable(Compression.GZIP, len(kept.blob), len(tar()), records(kept.spans))
+        again = SpanTable(Compression.GZIP, len(kept.blob), len(tar()), encode_points(kept.points))
         windows = Windows(kept.groups, "/nonexistent", (cast(Source, broken), "windows"))
         it.handle.fetcher.add_origin(Origin(cast(Source, broken), "layer", again, windows))
         await it.read()
@@ -340,11 +349,6 @@ async def test_an_image_with_the_layer_in_another_blob_opens_and_closes_during_a
             go_on.set()
         it.handle.fetcher.remove_origins(cast(Source, other))
         await it.read()
-
-
-def records(spans: SpanTable) -> bytes:
-    all_spans = [spans[number] for number in range(len(spans))]
-    return encode_spans([(s.blob_start, s.tar_start, s.shift, s.window is not None) for s in all_spans])
 
 
 async def test_damaged_windows_in_the_cache_are_fetched_again(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from lazyfs.core.deflate import WINDOW_BYTES
 from lazyfs.core.index import unpack_windows
-from lazyfs.core.spans import Compression, SpanTable, detect_compression, encode_spans
+from lazyfs.core.spans import Compression, PointKind, SpanTable, detect_compression, encode_points
 from lazyfs.errors import ImageError
 from lazyfs.inflate import CHUNK_BYTES, SpanDecoder, layer_inflater
 
@@ -172,20 +172,24 @@ class Inflated:
         out += inflater.finish()
         assert compression is Compression.PLAIN or all(len(raw) <= CHUNK_BYTES for raw in out)
         self.blob = data
+        self.points = inflater.points
         self.plain = b"".join(out)
         self.windows = [
             raw[at : at + WINDOW_BYTES]
             for raw in map(unpack_windows, inflater.window_groups)
             for at in range(0, len(raw), WINDOW_BYTES)
         ]
-        self.spans = SpanTable(compression, len(data), len(self.plain), encode_spans(inflater.starts))
+        self.spans = SpanTable(compression, len(data), len(self.plain), encode_points(inflater.points))
         assert self.spans.windows == len(self.windows)
+
+    def decoder(self, number: int) -> SpanDecoder:
+        span = self.spans[number]
+        window = self.windows[span.window] if span.window is not None else b""
+        return SpanDecoder(self.spans.compression, span, window)
 
     def decode(self, number: int, source: random.Random, limit: int = 5 * MEBIBYTE) -> bytes:
         span = self.spans[number]
-        decoder = SpanDecoder(
-            self.spans.compression, span, self.windows[span.window] if span.window is not None else b""
-        )
+        decoder = self.decoder(number)
         out: list[bytes] = []
         for piece in pieces(self.blob[span.blob_start : span.blob_end], source, limit):
             out += decoder.feed(piece)
@@ -205,6 +209,25 @@ def test_every_span_decodes_on_its_own(name: str) -> None:
     for number in range(len(inflated.spans)):
         span = inflated.spans[number]
         assert inflated.decode(number, random.Random(number)) == plain()[span.tar_start : span.tar_end]
+
+
+@pytest.mark.parametrize("name", BLOBS)
+def test_a_span_may_be_left_at_every_milestone_and_gone_on_with(name: str) -> None:
+    inflated = inflated_blob(name)
+    if name in ("gzip -6", "pigz", "zlib 6"):
+        assert sum(point.kind is PointKind.MILESTONE for point in inflated.points) >= 20
+    for number in range(len(inflated.spans)):
+        span = inflated.spans[number]
+        decoder = inflated.decoder(number)
+        blob_at, tar_at = span.blob_start, span.tar_start
+        for stop in [p.tar for p in inflated.points if span.tar_start < p.tar < span.tar_end] + [span.tar_end]:
+            end = inflated.spans.blob_end_for(span, stop)
+            assert end == span.blob_end if stop == span.tar_end else end < span.blob_end
+            part = b"".join(decoder.feed(inflated.blob[blob_at:end]))
+            assert part == plain()[tar_at : tar_at + len(part)]
+            blob_at, tar_at = end, tar_at + len(part)
+            assert tar_at >= stop  # no byte is held back
+        decoder.finish()
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
@@ -309,7 +332,7 @@ def inflated_blob(name: str) -> Inflated:
 BOMB = """
 import sys, zlib
 from backports import zstd
-from lazyfs.core.spans import Compression, SpanTable, encode_spans
+from lazyfs.core.spans import Compression, SpanTable, encode_points
 from lazyfs.inflate import SpanDecoder, layer_inflater
 
 if sys.argv[1] == "gzip":
@@ -328,7 +351,7 @@ for raw in inflater.feed(stored):
 for raw in inflater.finish():
     total += len(raw)
 assert total == 1 << 29, total
-spans = SpanTable(compression, len(stored), total, encode_spans(inflater.starts))
+spans = SpanTable(compression, len(stored), total, encode_points(inflater.points))
 span = spans[0]
 decoder = SpanDecoder(compression, span)
 assert sum(map(len, decoder.feed(stored[span.blob_start:span.blob_end]))) == span.tar_end - span.tar_start
