@@ -156,7 +156,7 @@ def test_an_empty_layer_has_no_points() -> None:
 
 
 def test_many_points_stay_small_in_memory() -> None:
-    count = 1_000_000
+    count = 150_000
     head = record(0, 0)
     points = b"".join(record(100 * n, 65536 * n, kind=2) for n in range(1, count))
     tracemalloc.start()

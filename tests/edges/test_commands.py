@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from lazyfs.cache import BlockCache
+from lazyfs.core.blocks import pack_table
+from lazyfs.core.index import Index, encode_index
 from tests.edges.cachelayers import entry, make_layer
 from tests.edges.localimages import big_layer, small_layer, write_image
+from tests.layertar import LayerTar
 from tests.layout import push
 from tests.servers import RegistryServer
 
@@ -52,6 +55,32 @@ def test_index_inspect_and_push(run: Callable[..., Any], registry: RegistryServe
     text = run("inspect", image).stdout
     assert "index     in the cache" in text and "gzip" in text
     assert "attached as sha256:" in run("index", image, "--push").stdout
+
+
+def test_inspect_tells_a_damaged_index(run: Callable[..., Any], tmp_path: Path) -> None:
+    """One whose header, digests and superblock agree, and whose tree leads astray nevertheless."""
+    layer = LayerTar().dir("data")
+    for number in range(300):
+        layer.file(f"data/file-{number}", b"x")
+    image = write_image(tmp_path / "image", [layer.data()])
+    run("index", image)
+    assert run("inspect", image, "--json")["index"] == "in the cache"
+    (kept,) = (tmp_path / "store/indexes").glob("*/index")
+    sound = kept.read_bytes()
+    index = Index(sound)
+    namespace = index.namespace()
+    at = namespace.rindex(b"file-250")
+    assert at >= 4096  # behind what the superblock's checksum covers
+    spoiled = namespace[:at] + b"f/le-250" + namespace[at + 8 :]
+    table, spans = pack_table(index.table(0)), index.spans(0)
+    kept.write_bytes(encode_index(index.manifest_digest, spoiled, index.layers, [table], [spans]))
+    assert run("inspect", image, "--json")["index"] == "damaged"
+    assert "index     damaged (lazyfs index --push" in run("inspect", image).stdout
+    for content, state in ((sound[:-1], "damaged"), (b"", "damaged"), (sound, "in the cache")):
+        kept.write_bytes(content)
+        assert run("inspect", image, "--json")["index"] == state
+    kept.unlink()
+    assert run("inspect", image, "--json")["index"] == "none"
 
 
 def test_what_cannot_be_had_is_one_line_and_an_exit_code(run: Callable[..., Any], tmp_path: Path) -> None:

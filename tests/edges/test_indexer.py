@@ -7,8 +7,10 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -17,9 +19,15 @@ from lazyfs.cache import BlockCache
 from lazyfs.core.blocks import BlockTable
 from lazyfs.core.erofsread import ErofsReader
 from lazyfs.core.index import Index
+from lazyfs.core.oci import parse_config
+from lazyfs.core.spans import Compression, SpanTable
 from lazyfs.core.tar import Kind
 from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.images import Image
+from lazyfs.indexer import build_index
+from lazyfs.publish import windows_digest
+from lazyfs.resolve import keep_index, load_config
+from lazyfs.source import Source
 from tests.edges import localimages
 from tests.edges.localimages import (
     OPTIONS,
@@ -97,9 +105,6 @@ async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
     expected = from_tar(big_layer()) | from_tar(small_layer())
     del expected["/data/2"], expected["/data/.wh.2"]
 
-    from lazyfs.images import keep_index
-    from lazyfs.publish import windows_digest
-
     async with localimages.resolved(store, reference) as found:
         keep_index(store, found.manifest_digest, built.index, windows_digest(built))
         await found.source.push_blob(built.windows)
@@ -119,6 +124,44 @@ async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
         assert layer.verify() == []
         layer.close()
     assert os.listdir(os.path.join(filled.path, "tmp")) == []
+
+
+class Recut:
+    """A source whose streams come in pieces of another size, as a slower network would deliver them."""
+
+    def __init__(self, source: Source, piece_bytes: int) -> None:
+        self._source = source
+        self._piece_bytes = piece_bytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    @asynccontextmanager
+    async def blob_stream(self, digest: str, size_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:
+        async with self._source.blob_stream(digest, size_bytes) as chunks:
+            yield self._pieces(chunks)
+
+    async def _pieces(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in chunks:
+            for at in range(0, len(chunk), self._piece_bytes):
+                yield chunk[at : at + self._piece_bytes]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+async def test_the_index_does_not_depend_on_how_the_network_cuts_a_layer(
+    store: BlockCache, tmp_path: Path, compression: str
+) -> None:
+    reference = write_image(tmp_path / "image", [big_layer()], compression)
+    built, index = await indexed(store, reference)
+    record = index.layers[0]
+    spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, index.spans(0))
+    assert record.compression is not Compression.GZIP or spans.windows > 1
+    async with localimages.resolved(store, reference) as found:
+        config = parse_config(await load_config(store, found))
+        source = found.source
+        for piece_bytes in (1, 1000, 65_537) if record.blob_bytes < 100_000 else (999, 65_537, 1 << 20):
+            found.source = cast(Source, Recut(source, piece_bytes))
+            assert await build_index(found, config, None) == built
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -157,10 +200,6 @@ async def test_sparse_files_keep_their_holes(store: BlockCache, tmp_path: Path, 
 async def test_a_layer_that_occurs_twice_is_read_once(store: BlockCache, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [small_layer(), empty_layer(), small_layer()])
     async with localimages.resolved(store, reference) as found:
-        from lazyfs.core.oci import parse_config
-        from lazyfs.images import load_config
-        from lazyfs.indexer import build_index
-
         config = parse_config(await load_config(store, found))
         found.source.counters.requests = 0
         built = await build_index(found, config, None)
