@@ -12,7 +12,7 @@ from benchmarks.command import PROGRAM, Lazyfs
 from benchmarks.host import run, timed
 
 # What a script of some size imports; and what a network client does, which loads OpenSSL and SQLite, too.
-IMPORTS = "argparse, datetime, json, logging, pathlib, platform, re, subprocess"
+IMPORTS = "json, logging, pathlib, platform, re, subprocess"
 MANY_IMPORTS = (
     "asyncio, email.message, http.client, json, platform, sqlite3, ssl, urllib.request, xml.dom.minidom"
 )

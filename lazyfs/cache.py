@@ -22,6 +22,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import xxhash
@@ -112,8 +113,11 @@ class CachedLayer:
         """Size of the layer's data device, a multiple of 4096."""
         return self.table.device_bytes
 
-    def read(self, address: int, size_bytes: int) -> bytes | None:
+    def read(self, address: int, size_bytes: int) -> memoryview | None:
         """The bytes at [address, address + size_bytes) if all their blocks are here and sound, else None.
+
+        They stand in a buffer of the calling thread, which its next read overwrites: an allocation for each
+        large read cost half the throughput (measured: 2.0 against 2.9 GB/s through the mount).
 
         A read past the end of the device is cut at the end, as for a file. A block whose data does not match
         its mark is marked absent.
@@ -124,7 +128,7 @@ class CachedLayer:
         if not checked and 0 in held.marks[blocks.start : blocks.stop]:
             return None
         size_bytes = max(0, min(size_bytes, self.table.device_bytes - address))
-        data = _pread(held.data_fd, size_bytes, address)
+        data = _pread_buffered(held.data_fd, size_bytes, address)
         if len(data) != size_bytes:
             return self._cut_off(held, blocks, size_bytes)
         if not checked:
@@ -133,14 +137,14 @@ class CachedLayer:
                     if not self._check(held, block, data, address):
                         return None
                     if self._zero_gaps(held, block):
-                        data = _pread(held.data_fd, size_bytes, address)
+                        data = _pread_buffered(held.data_fd, size_bytes, address)
         return data
 
-    def _check(self, held: _Held, block: int, data: bytes, address: int) -> bool:
+    def _check(self, held: _Held, block: int, data: memoryview, address: int) -> bool:
         """Compares a block with its mark, taking from `data` (read at `address`) what lies in there."""
         start = self.table.addresses[block] - address
         length = self.table.lengths[block]
-        content: bytes | memoryview = memoryview(data)[max(0, start) : max(0, start + length)]
+        content: bytes | memoryview = data[max(0, start) : max(0, start + length)]
         if len(content) != length:
             content = _pread(held.data_fd, length, self.table.addresses[block])
         if len(content) != length or _mark(content) != held.marks[block]:
@@ -169,14 +173,14 @@ class CachedLayer:
                 repaired = True
         return repaired
 
-    def _cut_off(self, held: _Held, blocks: range, size_bytes: int) -> bytes | None:
+    def _cut_off(self, held: _Held, blocks: range, size_bytes: int) -> memoryview | None:
         """Somebody made the data file shorter: gives it its size back; what was there is absent now."""
         for block in blocks:
             held.marks[block] = 0
             self._checked[block] = 0
         if os.fstat(held.data_fd).st_size < self.table.device_bytes:
             os.ftruncate(held.data_fd, self.table.device_bytes)
-        return None if blocks else bytes(size_bytes)
+        return None if blocks else memoryview(bytes(size_bytes))
 
     def has(self, block: int) -> bool:
         """Whether the block is marked present (its data may not have been checked yet)."""
@@ -231,6 +235,20 @@ def write_block(data_fd: int, data: bytes | memoryview, address: int) -> None:
         raise HostError(
             f"cannot write to the block cache: {error.strerror}", "free space: lazyfs cache gc --max-size"
         ) from None
+
+
+_thread = threading.local()
+
+
+def _pread_buffered(data_fd: int, size_bytes: int, address: int) -> memoryview:
+    """As _pread, into this thread's buffer."""
+    buffer: memoryview | None = getattr(_thread, "buffer", None)
+    if buffer is None or len(buffer) < size_bytes:
+        buffer = _thread.buffer = memoryview(bytearray(max(size_bytes, 1 << 20)))
+    try:
+        return buffer[: os.preadv(data_fd, [buffer[:size_bytes]], address)]
+    except OSError as error:
+        raise HostError(f"cannot read the block cache: {error.strerror}", "check the disk") from None
 
 
 def _pread(data_fd: int, size_bytes: int, address: int) -> bytes:

@@ -128,6 +128,9 @@ async def _build(
 ) -> BuiltIndex:
     with trio.fail_after(_DOCUMENTS_S):
         config = parse_config(await load_config(cache, resolved))
+    # The pass hands the GIL between threads thousands of times a second: 5 ms of waiting for it, Python's
+    # default, is too long (measured: 97 against 104 MB/s).
+    sys.setswitchinterval(0.0005)
     with LayerBars(None if quiet else sys.stderr) as bars:
         built = await build_index(resolved, config, cache if fill else None, bars.update)
     groups = os.path.join(make_index_directory(cache, resolved.manifest_digest), "groups")

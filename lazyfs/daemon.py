@@ -62,7 +62,7 @@ class _Sleeper:
         self.content_root = released.content_root
         self.size_bytes = released.size_bytes
 
-    def read_cached(self, address: int, size: int) -> bytes | None:
+    def read_cached(self, address: int, size: int) -> bytes | memoryview | None:
         return None
 
     async def read(self, address: int, size: int) -> bytes:
@@ -85,7 +85,7 @@ class _Awake:
         self.content_root = handle.content_root
         self.size_bytes = handle.size_bytes
 
-    def read_cached(self, address: int, size: int) -> bytes | None:
+    def read_cached(self, address: int, size: int) -> bytes | memoryview | None:
         try:
             return self.handle.read_cached(address, size)
         except LayerClosed:

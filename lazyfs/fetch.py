@@ -424,7 +424,7 @@ class LayerHandle:
     def timeout_s(self, value_s: float) -> None:
         self.fetcher.timeout_s = value_s
 
-    def read_cached(self, address: int, size_bytes: int) -> bytes | None:
+    def read_cached(self, address: int, size_bytes: int) -> memoryview | None:
         """Exactly the bytes asked for (cut at the end of the device) if all are here, else None. Any
         thread.
         """
@@ -446,7 +446,7 @@ class LayerHandle:
                     await self.fetcher.ensure(blocks)
                     data = self.layer.read(address, size_bytes)
                     if data is not None:
-                        return data
+                        return bytes(data)
         except trio.TooSlowError:
             raise RemoteError(
                 f"data did not arrive within {self.timeout_s:g} s",

@@ -15,6 +15,7 @@ import ctypes
 import ctypes.util
 import functools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -42,6 +43,10 @@ _PROBE_BYTES = 128 * 1024
 # How much behind a boundary is decoded to judge it, and of how many compressed bytes at most.
 _JUDGED_BYTES = 8192
 _JUDGED_BLOB_BYTES = 12288
+# A boundary with so few references is not worth bettering.
+_GOOD_REFERENCES = 64
+# Boundaries nearer to each other than this are alike.
+_JUDGED_APART_BYTES = 64 * 1024
 
 
 class _ZStream(ctypes.Structure):
@@ -97,7 +102,9 @@ class GzipInflater:
     def __init__(self) -> None:
         self.points: list[Point] = []  # complete after finish()
         self.window_groups: list[bytes] = []
-        self._windows: list[bytes] = []  # not packed yet
+        # Windows are made sparse beside the decoding: libz works without the GIL, so that another core can.
+        self._pool = ThreadPoolExecutor(1, "windows")
+        self._windows: list[Future[bytes]] = []  # not packed yet
         self._stream = _ZStream()
         status = _libz().inflateInit2_(
             ctypes.byref(self._stream), _GZIP_WBITS, b"1.2.11", ctypes.c_int(ctypes.sizeof(_ZStream))
@@ -115,12 +122,14 @@ class GzipInflater:
         self._padding = False
         self._entries: list[Point] = []
         self._milestones: list[Point] = []
+        self._judged_tar = 0  # the last boundary that was looked at
         self._best: _Candidate | None = None  # since the last entry point
         self._chosen: _Candidate | None = None  # an entry point whose window is not sparse yet
 
     def __del__(self) -> None:
         if self._stream.state:
             _libz().inflateEnd(ctypes.byref(self._stream))
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Plain bytes that follow from the next bytes of the blob. Raises ImageError."""
@@ -197,7 +206,11 @@ class GzipInflater:
             return
         if self._tar_bytes - self._entries[-1].tar < MIN_SPAN_BYTES:
             return
-        self._best = self._better(place, chunk, first)
+        if self._best is None or (
+            self._best.references > _GOOD_REFERENCES and self._tar_bytes - self._judged_tar >= _JUDGED_APART_BYTES
+        ):
+            self._judged_tar = self._tar_bytes
+            self._best = self._better(place, chunk, first)
         while self._tar_bytes - self._entries[-1].tar >= MAX_SPAN_BYTES:
             # Twice where the best one lies that far back: blocks of many megabytes.
             self._choose(self._best or self._better(place, chunk, first))
@@ -225,11 +238,16 @@ class GzipInflater:
         if self._chosen is None:
             return
         chosen = self._chosen
-        self._windows.append(_sparse(chosen.point.shift, chosen.window, bytes(chosen.behind)))
+        job = self._pool.submit(_sparse, chosen.point.shift, chosen.window, bytes(chosen.behind))
+        self._windows.append(job)
         self._chosen = None
-        if len(self._windows) == WINDOWS_PER_GROUP:
-            self.window_groups += pack_windows(self._windows)
-            self._windows.clear()
+        if len(self._windows) == 2 * WINDOWS_PER_GROUP:
+            self._pack(WINDOWS_PER_GROUP)
+
+    def _pack(self, count: int) -> None:
+        """Stores the first `count` windows."""
+        self.window_groups += pack_windows([job.result() for job in self._windows[:count]])
+        del self._windows[:count]
 
     def _take(self) -> bytes:
         piece = bytes(memoryview(self._out)[self._given : self._end])
@@ -247,7 +265,8 @@ class GzipInflater:
         if self._chosen is not None and self._chosen.point.tar == self._tar_bytes:
             self._chosen = None  # no data behind it: the point is left out, and so is its window
         self._resolve()
-        self.window_groups += pack_windows(self._windows)
+        self._pack(len(self._windows))
+        self._pool.shutdown()
         merged = {point.tar: point for point in (*self._milestones, *self._entries)}
         points = (point for point in merged.values() if point.tar < self._tar_bytes)
         self.points = sorted(points, key=lambda point: point.tar)

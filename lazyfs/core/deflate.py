@@ -15,6 +15,7 @@ length.
 from __future__ import annotations
 
 import functools
+import re
 
 from lazyfs.errors import ImageError
 
@@ -65,6 +66,9 @@ def enter_at(shift: int, first_byte: int) -> bytes:
     return whole + bytes([low_bits | (first_byte & (0xFF << shift) & 0xFF)])
 
 
+_NOT_NULL = re.compile(rb"[^\0]+")
+
+
 @functools.cache
 def probes() -> tuple[bytes, bytes]:
     """Two windows, (high, low), that tell which bytes of the true window a decoder copies.
@@ -96,8 +100,16 @@ def sparse_window(window: bytes, high: bytes, low: bytes) -> bytes:
     pairs[1::2] = low[:size]
     padding = WINDOW_BYTES - len(window)
     sparse = bytearray(len(window))
+    # Only bytes from the window differ between the two. Where they are few, the rest need not be looked at.
+    differ = int.from_bytes(high[:size], "little") ^ int.from_bytes(low[:size], "little")
+    changed = differ.to_bytes(size, "little")
+    numbers = memoryview(pairs).cast("H")
+    if size - changed.count(0) > size // 4:
+        used = set(numbers)
+    else:
+        used = set().union(*(numbers[run.start() : run.end()] for run in _NOT_NULL.finditer(changed)))
     positions = _positions()
-    for pair in set(memoryview(pairs).cast("H")):
+    for pair in used:
         position = positions.get(pair)
         if position is not None:
             if position < padding:

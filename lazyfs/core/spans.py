@@ -36,12 +36,12 @@ MAX_SPAN_BYTES = 1152 * 1024
 # Frames are entered for nothing: no window is stored.
 FRAME_SPAN_BYTES = 128 * 1024
 # Between milestones.
-MILESTONE_BYTES = 64 * 1024
+MILESTONE_BYTES = 32 * 1024
 # Uncompressed layers can be cut anywhere: as small as a request is still worth (measured: below 256 KiB the
 # time of a request on loopback no longer falls).
 PLAIN_SPAN_BYTES = 256 * 1024
 # Windows are compressed together by this many: one range request brings the neighbours' too.
-WINDOWS_PER_GROUP = 32
+WINDOWS_PER_GROUP = 16
 # Of a layer of 256 GiB; they take 32 bytes each in memory.
 MAX_POINTS = 4_000_000
 

@@ -66,8 +66,9 @@ class Device(Protocol):
     @property
     def size_bytes(self) -> int: ...
 
-    def read_cached(self, address: int, size: int) -> bytes | None:
-        """Called in reader threads: exactly `size` verified bytes, or None if they must be fetched."""
+    def read_cached(self, address: int, size: int) -> bytes | memoryview | None:
+        """Called in reader threads: exactly `size` verified bytes, which need last only until this thread's next
+        call, or None if they must be fetched."""
 
     async def read(self, address: int, size: int) -> bytes:
         """Called in trio tasks: exactly `size` bytes, before a deadline of its own."""
@@ -312,7 +313,9 @@ class DeviceServer:
         else:
             self._send(unique, device, address, size, data_bytes)
 
-    def _send(self, unique: int, device: Device, address: int, size: int, data_bytes: bytes) -> None:
+    def _send(
+        self, unique: int, device: Device, address: int, size: int, data_bytes: bytes | memoryview
+    ) -> None:
         if len(data_bytes) != size:  # never short: the kernel would take zeros for the rest
             where = f"layer {device.content_root}, address {address}"
             raise HostError(f"{where}: {len(data_bytes)} bytes instead of {size}")

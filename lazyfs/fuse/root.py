@@ -55,8 +55,9 @@ class LayerData(Protocol):
     @property
     def size_bytes(self) -> int: ...
 
-    def read_cached(self, address: int, size_bytes: int, /) -> bytes | None:
-        """Exactly these bytes if all are present and verified, else None. No network, does not block long."""
+    def read_cached(self, address: int, size_bytes: int, /) -> bytes | memoryview | None:
+        """Exactly these bytes if all are present and verified, else None. No network, does not block long. They
+        need last only until the next call: pyfuse3 answers the kernel before any other task runs."""
 
     async def read(self, address: int, size_bytes: int, /) -> bytes:
         """Exactly these bytes, fetched if need be. Raises LazyfsError before its own deadline."""
@@ -276,7 +277,7 @@ class RootOperations(pyfuse3.Operations):
         return file
 
     @_guarded
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]  # any buffer will do
         file = self._file(fh)
         size = min(size, file.size - off)
         if size <= 0 or file.data is None:

@@ -245,7 +245,7 @@ def test_a_runtime_directory_of_somebody_else_is_refused(
 def test_helper_arguments(words: list[str]) -> None:
     found = mounthelper.parse(words)
     assert (found.image, found.target, found.fake, found.verbose) == ("img", "/t", True, True)
-    assert found.options == MountOptions(writable=True, executable=False)
+    assert found.options == MountOptions(executable=False)  # mount(8) says rw for everybody
 
 
 def test_helper_chooses_fuse_by_its_name_or_type() -> None:
