@@ -113,7 +113,7 @@ class CachedLayer:
         """Size of the layer's data device, a multiple of 4096."""
         return self.table.device_bytes
 
-    def read(self, address: int, size_bytes: int) -> memoryview | None:
+    def read(self, address: int, size_bytes: int) -> bytes | memoryview | None:
         """The bytes at [address, address + size_bytes) if all their blocks are here and sound, else None.
 
         They stand in a buffer of the calling thread, which its next read overwrites: an allocation for each

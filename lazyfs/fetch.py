@@ -424,7 +424,7 @@ class LayerHandle:
     def timeout_s(self, value_s: float) -> None:
         self.fetcher.timeout_s = value_s
 
-    def read_cached(self, address: int, size_bytes: int) -> memoryview | None:
+    def read_cached(self, address: int, size_bytes: int) -> bytes | memoryview | None:
         """Exactly the bytes asked for (cut at the end of the device) if all are here, else None. Any
         thread.
         """

@@ -227,7 +227,7 @@ def test_foreground_stays_until_unmounted(fake: Path, target: Path, how: str) ->
 
 
 def test_the_helper_mounts_and_refuses_to_mount_twice(fake: Path, target: Path) -> None:
-    words = helper(fake, "indexed", target, "-n", "-o", "rw,_netdev,nofail,x-systemd.automount")
+    words = helper(fake, "indexed", target, "-n", "-o", "rw,ephemeral,_netdev,nofail,x-systemd.automount")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     (target / "new").touch()
