@@ -36,7 +36,7 @@ def main() -> int:
         say(f"2. Push it with skopeo to a local docker-registry: {reference}")
         push(picture.layout, image.TAG, reference)
         say("3. lazyfs index --push: build its index and attach it in the registry")
-        seconds = command.index(reference, directory / "indexing")
+        _, seconds = command.index(reference, directory / "indexing")
         size = index_bytes(registry.url, reference)
         share = size / picture.compressed_bytes
         print(f"   {seconds:.1f} s, {size / 1e3:,.0f} kB, {share:.2%} of the compressed image")

@@ -209,16 +209,19 @@ def sequential(place: Place, backend: str) -> Iterator[Result]:
 
 def indexing(place: Place, index_bytes: Callable[[str], int]) -> Iterator[Result]:
     """Time and size of `lazyfs index --push`; the same for both backends."""
-    times = [command.index(place.indexed, place.fresh("index")) for _ in range(place.repetitions)]
+    samples = [command.index(place.indexed, place.fresh("index")) for _ in range(place.repetitions)]
+    building = [seconds for seconds, _ in samples]
     share = index_bytes(place.indexed) / place.interpreters.compressed_bytes
-    rate = place.interpreters.tar_bytes / 1e6 / statistics.median(times)
+    rate, whole_rate = (
+        place.interpreters.tar_bytes / 1e6 / statistics.median(times) for times in zip(*samples, strict=True)
+    )
     yield Result(
         "index-size", "index size", "1 % of the compressed image", "kernel", share, 0.01, f"{share:.2%}",
         unit="of the compressed image", ours=[share],
     )  # fmt: skip
     yield Result(
-        "index-speed", "index building, the whole command", "100 MB/s of tar", "kernel", rate, 100,
-        f"{rate:.0f} MB/s", smaller_is_better=False, ours=times,
+        "index-speed", "index building", "100 MB/s of tar", "kernel", rate, 100,
+        f"{rate:.0f} MB/s ({whole_rate:.0f} MB/s by the whole command)", smaller_is_better=False, ours=building,
     )  # fmt: skip
 
 

@@ -101,6 +101,7 @@ class CachedLayer:
         self._held: _Held | None = _Held(data_fd, lock_fd, marks)
         # One byte a block: whether this process has seen that data and mark agree.
         self._checked = bytearray(self.table.count)
+        self._complete_to = 0
 
     def _open(self) -> _Held:
         held = self._held
@@ -201,6 +202,13 @@ class CachedLayer:
         write_block(held.data_fd, data, self.table.addresses[block])
         held.marks[block] = _mark(data)
         return True
+
+    def is_complete(self) -> bool:
+        """Whether every block was here once. Looks at each block once in the object's life."""
+        marks = self._open().marks
+        while self._complete_to < self.table.count and marks[self._complete_to]:
+            self._complete_to += 1
+        return self._complete_to == self.table.count
 
     def verify(self) -> list[int]:
         """Checks every present block against its sha256; marks the damaged ones absent and returns them."""

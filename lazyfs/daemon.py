@@ -19,7 +19,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,18 +33,22 @@ from lazyfs.controlserver import ControlStream, serve
 from lazyfs.detached import clone_mount, erofs_mount_detached
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
 from lazyfs.fetch import LayerHandle
+from lazyfs.fuse import tuning
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
 from lazyfs.images import Image, ImageStore
 from lazyfs.keeper import parse_arguments
 from lazyfs.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
 from lazyfs.mountinfo import MountEntry, mounts
 from lazyfs.resolve import ImageOptions, NeedsIndexError
-from lazyfs.roots import Released, Remembered, Root, attached_json, hold_name, load_state, save_state
+from lazyfs.roots import Released, Remembered, Root, hold_name, is_shown, load_state, root_entry, save_state
 
 log = logging.getLogger("lazyfs.daemon")
 
 DEFAULT_LINGER_S = 5.0
 _TICK_S = 1.0
+# Measured, a cached file of 500 MB, page cache cold: 1.5 GB/s with the kernel's 128 KiB, 2.1 GB/s with this, no more
+# with 4 MiB.
+_READ_AHEAD_KIB = 1024
 _REASSURE_S = 10.0
 # While it drains, a worker takes no new requests, cached or not; what waits longer for its registry is for
 # the successor to fetch, to whom the kernel sends it again.
@@ -194,9 +198,9 @@ class Daemon:
             return {}
         if request.op == "stats" and request.dev is not None:
             root = self._root_of(request.dev)
-            return {**_entry(root), **root.image.statistics()}
+            return {**root_entry(root), **root.image.statistics()}
         if request.op == "list":
-            return {"cache": self.store.cache.path, "mounts": [_entry(root) for root in self.roots.values()]}
+            return {"cache": self.store.cache.path, "mounts": [root_entry(root) for root in self.roots.values()]}
         if request.op == "stop":
             self._look_at_mounts()  # what only lingers does not count
             if used := sum(root.idle_since is None for root in self.roots.values()):
@@ -272,12 +276,15 @@ class Daemon:
             # By way of the runtime directory: the kernel takes 255 bytes, and a cache may lie deep.
             inside = image.namespace_path.removeprefix(self.store.cache.path).lstrip("/")
             namespace = f"{self._cache_link()}/{inside}"
+            before = tuning.erofs_devices()
             mount_fd = await trio.to_thread.run_sync(erofs_mount_detached, namespace, devices)
         except BaseException:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):
                 await self.store.close(image)
             raise
         root = Root(image, request.options, dict(request.home), _dev_of(mount_fd))
+        new = tuning.erofs_devices() - before
+        root.backing_device = new.pop() if len(new) == 1 else None
         self.link.hold(root.hold_name, mount_fd)
         self.roots[image.manifest_digest] = root
         self._save()
@@ -348,6 +355,7 @@ class Daemon:
                 if changes.poll(0):
                     self._look_at_mounts()
                 await self._let_go_of_idle()
+                self._widen_read_ahead()
                 now = trio.current_time()
                 idle_since = None if self.roots or self._clients else idle_since or now
                 if idle_since is not None and now - idle_since >= self._linger_s:
@@ -355,13 +363,21 @@ class Daemon:
                     return
                 await trio.sleep(_TICK_S)
 
+    def _widen_read_ahead(self) -> None:
+        """While something has to be fetched, the kernel reads ahead little, for what it takes is paid for. An
+        image that is here as a whole is read like a local one."""
+        for root in self.roots.values():
+            if root.backing_device and all(handle.layer.is_complete() for handle in root.image.layers):
+                tuning.set_erofs_read_ahead(root.backing_device, _READ_AHEAD_KIB)
+                root.backing_device = None
+
     def _look_at_mounts(self) -> None:
         seen: dict[tuple[int, int], list[MountEntry]] = {}
         for entry in mounts():
             seen.setdefault(entry.dev, []).append(entry)
         changed = False
         for root in self.roots.values():
-            for target in [target for target in root.targets if not _is_shown(target, seen.get(target.dev, []))]:
+            for target in [target for target in root.targets if not is_shown(target, seen.get(target.dev, []))]:
                 root.targets.remove(target)
                 changed = True
                 if target.ephemeral_upper is not None:
@@ -399,26 +415,6 @@ class Daemon:
         self.roots.clear()
         self.link.let_go()
         self._save()
-
-
-def _is_shown(target: Attached, entries: Sequence[MountEntry]) -> bool:
-    """Whether `entries` of its device number have the mount. That of an overlay is soon another one's when it has
-    gone, so there the upper directory decides."""
-    if target.ephemeral_upper is None:
-        return bool(entries)
-    name = os.path.basename(target.ephemeral_upper)
-    return any(name in option for entry in entries for option in entry.super_options)
-
-
-def _entry(root: Root) -> dict[str, Any]:
-    return {
-        "dev": control.format_dev(root.dev),
-        "image": root.image.reference,
-        "manifest_digest": root.image.manifest_digest,
-        "backend": "kernel",
-        "platform": root.options.platform,
-        "targets": [attached_json(target) for target in root.targets],
-    }
 
 
 async def _reassure(stream: ControlStream, image: str) -> None:

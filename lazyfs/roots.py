@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from lazyfs import control
 from lazyfs.control import Attached, RequestOptions
 from lazyfs.images import Image
 from lazyfs.keeperlink import KeeperLink
+from lazyfs.mountinfo import MountEntry
 
 _STATE = "state"
 
@@ -31,6 +33,7 @@ class Root:
     targets: list[Attached] = field(default_factory=list)
     pending: int = 0  # clients between our answer and their "attached"
     idle_since: float | None = None  # trio time
+    backing_device: str | None = None  # whose read-ahead is to be widened once all blocks are here (tuning.py)
 
     @property
     def hold_name(self) -> str:
@@ -125,3 +128,23 @@ def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
         for entry in state["released"]
     ]
     return roots, released
+
+
+def root_entry(root: Root) -> dict[str, Any]:
+    return {
+        "dev": control.format_dev(root.dev),
+        "image": root.image.reference,
+        "manifest_digest": root.image.manifest_digest,
+        "backend": "kernel",
+        "platform": root.options.platform,
+        "targets": [attached_json(target) for target in root.targets],
+    }
+
+
+def is_shown(target: Attached, entries: Sequence[MountEntry]) -> bool:
+    """Whether `entries` of its device number have the mount. That of an overlay is soon another one's when it has
+    gone, so there the upper directory decides."""
+    if target.ephemeral_upper is None:
+        return bool(entries)
+    name = os.path.basename(target.ephemeral_upper)
+    return any(name in option for entry in entries for option in entry.super_options)

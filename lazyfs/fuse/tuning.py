@@ -1,4 +1,4 @@
-"""Kernel settings of a FUSE mount that libfuse cannot set: read-ahead and the number of background reads.
+"""Kernel settings that no mount option sets: read-ahead, and the number of background reads of a FUSE mount.
 
 Both are improvements only; what cannot be set stays at the kernel's default and is logged once.
 """
@@ -20,6 +20,19 @@ _CONNECTIONS = "/sys/fs/fuse/connections"
 def set_read_ahead(dev: tuple[int, int], kibibytes: int) -> bool:
     """Sets the mount's read-ahead; only root may. Returns whether it took."""
     return _write(f"{_BDI}/{dev[0]}:{dev[1]}/read_ahead_kb", kibibytes)
+
+
+def erofs_devices() -> set[str]:
+    """Names of the backing-device entries of all EROFS mounts on files; they do not tell which is whose."""
+    try:
+        return {name for name in os.listdir(_BDI) if name.startswith("erofs-")}
+    except OSError:
+        return set()
+
+
+def set_erofs_read_ahead(name: str, kibibytes: int) -> bool:
+    """Sets the read-ahead of one of `erofs_devices`. Returns whether it took."""
+    return _write(f"{_BDI}/{name}/read_ahead_kb", kibibytes)
 
 
 def set_max_background(dev: tuple[int, int], requests: int) -> bool:

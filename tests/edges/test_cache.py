@@ -358,3 +358,12 @@ def test_the_exclusive_lock_is_only_had_of_an_entry_nobody_uses(store: BlockCach
     with exclusive(path) as free:
         assert free
     shutil.rmtree(store.layer_path(LAYER.content_root))
+
+
+def test_complete_means_every_block(store: BlockCache) -> None:
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    for block in reversed(range(layer.table.count)):
+        assert not layer.is_complete()
+        LAYER.fill(layer, range(block, block + 1))
+    assert layer.is_complete()
+    layer.close()
