@@ -32,6 +32,12 @@ def machine(lazyfs: Lazyfs, tmp_path: Path, backend: str) -> Iterator[Host]:
 
 
 @pytest.fixture
+def kernel_host(lazyfs: Lazyfs, tmp_path: Path) -> Iterator[Host]:
+    with host(lazyfs, tmp_path, "kernel") as made:
+        yield made
+
+
+@pytest.fixture
 def proxy(registry: RegistryServer) -> Iterator[FaultProxy]:
     """Stands before the registry and counts."""
     with FaultProxy(registry) as made:

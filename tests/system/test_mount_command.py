@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lazyfs.mountinfo import mount_at
-from tests.conftest import ROOT, Lazyfs
-from tests.system.mounting import DEADLINE_S, Host, host
+from tests.conftest import ROOT
+from tests.system.mounting import DEADLINE_S, Host
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -26,12 +26,6 @@ from lazyfs.mounthelper import main
 main()
 """
 OVER_SBIN = 'sbin=$(realpath /sbin); mount -t overlay -o "lowerdir=$0:$sbin" overlay "$sbin" || exit 99\n'
-
-
-@pytest.fixture
-def kernel_host(lazyfs: Lazyfs, tmp_path: Path) -> Iterator[Host]:
-    with host(lazyfs, tmp_path, "kernel") as made:
-        yield made
 
 
 @pytest.fixture
