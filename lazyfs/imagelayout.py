@@ -7,6 +7,7 @@ schema (an index named sha256-<hex>), as regclient and oras do.
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import stat
@@ -29,18 +30,18 @@ READ_CHUNK_BYTES = 1 << 20
 MAX_LAYOUT_FILE_BYTES = 4096  # the oci-layout file holds one short object
 
 
-class _Layout:
+class _Layout(abc.ABC):
     """What both kinds share: finding manifests by way of index.json."""
 
     what: str
 
+    @abc.abstractmethod
     async def _document(self, name: str, max_bytes: int) -> bytes:
         """The file `name` below the layout; RemoteError with status 404 if there is none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def blob(self, digest: str, size_bytes: int) -> bytes:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
-        raise NotImplementedError
 
     async def manifest(self, reference: str) -> tuple[bytes, str]:
         """The manifest named by `reference`: a name in index.json, a digest, or "" for the only image.
