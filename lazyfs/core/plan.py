@@ -13,7 +13,7 @@ REQUEST_BYTES = 4 << 20
 # How far beyond what is wanted a span is fetched at least, in plain bytes. Simulated with the reads of a python
 # start on a 110 MB image: whole spans 45 requests and 10.5 % of the image, 256 KiB 57 and 9.3 %, 64 KiB 65 and
 # 8.3 %, none 76 and 7.7 %.
-SLACK_BYTES = 16 * 1024
+SLACK_BYTES = 4 * 1024
 
 
 def spans_for_block(table: BlockTable, spans: SpanTable, block: int) -> range:

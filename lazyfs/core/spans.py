@@ -41,7 +41,7 @@ MILESTONE_BYTES = 32 * 1024
 # time of a request on loopback no longer falls).
 PLAIN_SPAN_BYTES = 256 * 1024
 # Windows are compressed together by this many: one range request brings the neighbours' too.
-WINDOWS_PER_GROUP = 16
+WINDOWS_PER_GROUP = 8
 # Of a layer of 256 GiB; they take 32 bytes each in memory.
 MAX_POINTS = 4_000_000
 
