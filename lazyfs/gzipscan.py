@@ -43,6 +43,8 @@ _PROBE_BYTES = 128 * 1024
 # How much behind a boundary is decoded to judge it, and of how many compressed bytes at most.
 _JUDGED_BYTES = 8192
 _JUDGED_BLOB_BYTES = 12288
+# Windows kept before they are packed, a multiple of two groups: none has to be waited for by then.
+_MAX_WAITING_WINDOWS = 32 * WINDOWS_PER_GROUP
 # A boundary with so few references is not worth bettering.
 _GOOD_REFERENCES = 64
 # Boundaries nearer to each other than this are alike.
@@ -241,8 +243,8 @@ class GzipInflater:
         job = self._pool.submit(_sparse, chosen.point.shift, chosen.window, bytes(chosen.behind))
         self._windows.append(job)
         self._chosen = None
-        if len(self._windows) == 2 * WINDOWS_PER_GROUP:
-            self._pack(WINDOWS_PER_GROUP)
+        if len(self._windows) == _MAX_WAITING_WINDOWS:
+            self._pack(_MAX_WAITING_WINDOWS // 2)
 
     def _pack(self, count: int) -> None:
         """Stores the first `count` windows."""
