@@ -39,7 +39,6 @@ IN_HEADER = struct.Struct("=IIQQIIIHxx")
 OUT_HEADER = struct.Struct("=IiQ")
 # fuse_read_in: fh, offset, size, read_flags, lock_owner, flags, padding; only the first three are of use
 READ_IN = struct.Struct("=QQI")
-_READ_IN_BYTES = 40
 # fuse_init_in: major, minor, max_readahead, flags (, flags2, unused[11])
 _INIT_IN = struct.Struct("=4I")
 # fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold, max_write,
