@@ -49,10 +49,10 @@ $(VENV)/.debian: debian-packages.txt tools/install-debian-packages
 	mkdir -p $(VENV)
 	touch $@
 
-$(VENV)/.dependencies: setup.cfg pyproject.toml $(VENV)/.debian
+$(VENV)/.dependencies: setup.cfg pyproject.toml constraints.txt $(VENV)/.debian
 	/usr/bin/python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q --disable-pip-version-check 'setuptools >= 66' wheel
-	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation '.[test,bench]'
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt '.[test,bench]'
 	touch $@
 
 # Not editable: an editable install adds an import hook to every start of the command. Compiled here,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, Protoco
 
 import pyfuse3
 import trio
-from pyfuse3 import FUSEError
+from pyfuse3 import FileHandleT, FileNameT, FUSEError, XAttrNameT
 
 from lazyfs.core.erofsformat import BLOCK_BYTES, NAME_MAX
 from lazyfs.core.erofsread import ErofsReader
@@ -203,8 +203,8 @@ class RootOperations(pyfuse3.Operations):
         return self._attributes(self._nid(inode))
 
     @_guarded
-    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        return self._reader.readlink(self._nid(inode))
+    async def readlink(self, inode: int, ctx: RequestContext) -> FileNameT:
+        return FileNameT(self._reader.readlink(self._nid(inode)))
 
     @_guarded
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
@@ -214,10 +214,10 @@ class RootOperations(pyfuse3.Operations):
         return value
 
     @_guarded
-    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[XAttrNameT]:
         names = self._reader.xattrs(self._nid(inode))
         # As EROFS and others do: trusted.* is for the administrator's eyes only.
-        return [name for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
+        return [XAttrNameT(name) for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
 
     @_guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -232,8 +232,8 @@ class RootOperations(pyfuse3.Operations):
         return result
 
     @_guarded
-    async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        number = self._next_listing
+    async def opendir(self, inode: int, ctx: RequestContext) -> FileHandleT:
+        number = FileHandleT(self._next_listing)
         self._next_listing += 1
         self._listings[number] = _Listing(self._reader, self._nid(inode))
         return number
