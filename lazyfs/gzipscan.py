@@ -1,6 +1,6 @@
 """A gzip layer, decoded once from start to end, noting where it can be entered later.
 
-The system's libz through ctypes tells where deflate blocks begin (Z_BLOCK); no Python binding offers it.
+zlib tells where deflate blocks begin (zstream.py).
 
 Every block boundary is a possible entry point, but costs a window in the index. So of the boundaries between
 MIN_SPAN_BYTES and MAX_SPAN_BYTES behind the last entry point the one is chosen whose data refers least to what
@@ -12,14 +12,9 @@ is FRAME_SPAN_BYTES behind.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
-import functools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
-
-from isal import isal_zlib
 
 from lazyfs.core import deflate
 from lazyfs.core.deflate import WINDOW_BYTES
@@ -33,10 +28,10 @@ from lazyfs.core.spans import (
     Point,
     PointKind,
 )
-from lazyfs.errors import HostError, ImageError
+from lazyfs.errors import ImageError
+from lazyfs.zstream import DeflateError, ZStream
 
 CHUNK_BYTES = 1 << 20
-_IsalError = cast("type[Exception]", isal_zlib.error)  # the package's stubs declare an instance
 # Enough compressed bytes behind an entry point to decode 32 KiB, but for freak streams (then the window stays
 # whole).
 _PROBE_BYTES = 128 * 1024
@@ -49,43 +44,6 @@ _MAX_WAITING_WINDOWS = 32 * WINDOWS_PER_GROUP
 _GOOD_REFERENCES = 64
 # Boundaries nearer to each other than this are alike.
 _JUDGED_APART_BYTES = 64 * 1024
-
-
-class _ZStream(ctypes.Structure):
-    """z_stream of zlib.h 1.2."""
-
-    _fields_ = (
-        ("next_in", ctypes.c_void_p),
-        ("avail_in", ctypes.c_uint),
-        ("total_in", ctypes.c_ulong),
-        ("next_out", ctypes.c_void_p),
-        ("avail_out", ctypes.c_uint),
-        ("total_out", ctypes.c_ulong),
-        ("msg", ctypes.c_char_p),
-        ("state", ctypes.c_void_p),
-        ("zalloc", ctypes.c_void_p),
-        ("zfree", ctypes.c_void_p),
-        ("opaque", ctypes.c_void_p),
-        ("data_type", ctypes.c_int),
-        ("adler", ctypes.c_ulong),
-        ("reserved", ctypes.c_ulong),
-    )
-
-
-_Z_OK, _Z_STREAM_END, _Z_BUF_ERROR, _Z_BLOCK = 0, 1, -5, 5
-_GZIP_WBITS = 31
-
-
-@functools.cache
-def _libz() -> ctypes.CDLL:
-    """The system's zlib (Debian: zlib1g, always there: dpkg needs it)."""
-    try:
-        library = ctypes.CDLL(ctypes.util.find_library("z") or "libz.so.1")
-    except OSError as error:
-        raise HostError(f"cannot load the system's zlib: {error}", "install zlib1g") from None
-    for name in ("inflateInit2_", "inflate", "inflateReset", "inflateEnd"):
-        getattr(library, name).restype = ctypes.c_int
-    return library
 
 
 @dataclass(slots=True)
@@ -106,13 +64,10 @@ class GzipInflater:
         self.window_groups: list[bytes] = []
         # Windows are made sparse beside the decoding: libz works without the GIL, so that another core can.
         self._pool = ThreadPoolExecutor(1, "windows")
+        self._thinner = ZStream(raw=True)  # only the pool's thread's
         self._windows: list[Future[bytes]] = []  # not packed yet
-        self._stream = _ZStream()
-        status = _libz().inflateInit2_(
-            ctypes.byref(self._stream), _GZIP_WBITS, b"1.2.11", ctypes.c_int(ctypes.sizeof(_ZStream))
-        )
-        if status != _Z_OK:
-            raise HostError(f"zlib cannot be used (status {status})", "install Debian's zlib1g")
+        self._stream = ZStream(raw=False)
+        self._judge = ZStream(raw=True)  # only this thread's
         # The first 32 KiB hold what was put out before: the window of a boundary is always at hand.
         self._out = bytearray(WINDOW_BYTES + CHUNK_BYTES)
         self._out_address = ctypes.addressof(ctypes.c_char.from_buffer(self._out))
@@ -129,8 +84,7 @@ class GzipInflater:
         self._chosen: _Candidate | None = None  # an entry point whose window is not sparse yet
 
     def __del__(self) -> None:
-        if self._stream.state:
-            _libz().inflateEnd(ctypes.byref(self._stream))
+        if hasattr(self, "_pool"):
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
@@ -147,7 +101,7 @@ class GzipInflater:
                 if self._padding or (self._members and not chunk[at]):
                     self._pad(chunk[at:])
                     break
-                _libz().inflateReset(ctypes.byref(self._stream))
+                self._stream.reset()
                 self._member_ended = False
                 self._member_tar_start = self._tar_bytes
             if self._end == len(self._out):
@@ -168,27 +122,22 @@ class GzipInflater:
 
     def _step(self, chunk: bytes, base: int, at: int) -> tuple[int, bool]:
         """One call of inflate, up to the next block boundary at most. New position, and whether to go on."""
-        stream = self._stream
-        stream.next_in, stream.avail_in = base + at, len(chunk) - at
-        stream.next_out, stream.avail_out = self._out_address + self._end, len(self._out) - self._end
-        status = _libz().inflate(ctypes.byref(stream), _Z_BLOCK)
-        produced = len(self._out) - self._end - stream.avail_out
-        at = len(chunk) - stream.avail_in
-        self._end += produced
-        self._tar_bytes += produced
-        if status == _Z_STREAM_END:
+        try:
+            step = self._stream.step(
+                base + at, len(chunk) - at, self._out_address + self._end, len(self._out) - self._end
+            )
+        except DeflateError as error:
+            raise ImageError(f"the gzip layer is damaged after {self._blob_bytes + at} bytes: {error}") from None
+        at += step.taken_bytes
+        self._end += step.given_bytes
+        self._tar_bytes += step.given_bytes
+        if step.ended:
             self._member_ended = True
             self._members += 1
-        elif status == _Z_BUF_ERROR:
-            return at, False  # needs more input
-        elif status != _Z_OK:
-            reason = (stream.msg or b"").decode("ascii", "replace")
-            raise ImageError(
-                f"the gzip layer is damaged after {self._blob_bytes + at} bytes: {reason or status}"
-            )
-        elif stream.data_type & 128 and not stream.data_type & 64:
-            self._note_block(chunk, at, stream.data_type & 7)
-        return at, bool(stream.avail_in) or stream.avail_out == 0 or self._member_ended
+        elif step.boundary is not None:
+            self._note_block(chunk, at, step.boundary)
+        stuck = not (step.taken_bytes or step.given_bytes)  # it needs more of the blob
+        return at, not stuck and (at < len(chunk) or self._end == len(self._out) or self._member_ended)
 
     def _note_block(self, chunk: bytes, at: int, unused_bits: int) -> None:
         """A block begins here: `unused_bits` before byte `at` of the chunk."""
@@ -221,7 +170,7 @@ class GzipInflater:
         """This boundary, or the best one since the last entry point if that is no worse."""
         valid = min(WINDOW_BYTES, self._tar_bytes)
         window = bytes(self._out[self._end - valid : self._end])
-        references = _references(place[2], window, chunk[first : first + _JUDGED_BLOB_BYTES])
+        references = _references(self._judge, place[2], window, chunk[first : first + _JUDGED_BLOB_BYTES])
         if self._best is not None and self._best.references <= references:
             return self._best
         point = Point(*place, PointKind.ENTRY_WITH_WINDOW)
@@ -240,7 +189,7 @@ class GzipInflater:
         if self._chosen is None:
             return
         chosen = self._chosen
-        job = self._pool.submit(_sparse, chosen.point.shift, chosen.window, bytes(chosen.behind))
+        job = self._pool.submit(_sparse, self._thinner, chosen.point.shift, chosen.window, bytes(chosen.behind))
         self._windows.append(job)
         self._chosen = None
         if len(self._windows) == _MAX_WAITING_WINDOWS:
@@ -275,37 +224,34 @@ class GzipInflater:
         yield from ()
 
 
-def _decode(shift: int, behind: bytes, dictionary: bytes, limit_bytes: int) -> tuple[bytes, bool]:
-    """The first bytes behind an entry point, and whether `limit_bytes` or all there are came out."""
-    if not behind:  # the boundary is where the chunk ends
-        return b"", False
-    decoder = isal_zlib.decompressobj(-15, zdict=dictionary)
-    raw = decoder.decompress(deflate.enter_at(shift, behind[0]) + behind[1:], limit_bytes)
-    return raw, decoder.eof or len(raw) == limit_bytes
-
-
-def _references(shift: int, window: bytes, behind: bytes) -> int:
+def _references(stream: ZStream, shift: int, window: bytes, behind: bytes) -> int:
     """How many of the next _JUDGED_BYTES depend on the window; all of them if that cannot be told."""
+    if not behind:  # the boundary is where the chunk ends
+        return _JUDGED_BYTES
+    entered = deflate.enter_at(shift, behind[0]) + behind[1:]
     try:
-        plain, complete = _decode(shift, behind, window, _JUDGED_BYTES)
+        plain, complete = stream.decode(entered, window, _JUDGED_BYTES)
         if not complete:
             return _JUDGED_BYTES
-        probe, _ = _decode(shift, behind, deflate.probes()[0], _JUDGED_BYTES)
-    except _IsalError:
+        probe, _ = stream.decode(entered, deflate.probes()[0], _JUDGED_BYTES)
+    except DeflateError:
         return _JUDGED_BYTES
     differ = int.from_bytes(plain, "little") ^ int.from_bytes(probe, "little")
     return len(plain) - differ.to_bytes(len(plain), "little").count(0)
 
 
-def _sparse(shift: int, window: bytes, behind: bytes) -> bytes:
+def _sparse(stream: ZStream, shift: int, window: bytes, behind: bytes) -> bytes:
     """The window without the bytes that `behind` (the blob from the entry point on) does not refer to."""
+    if not behind:
+        return window
+    entered = deflate.enter_at(shift, behind[0]) + behind[1:]
     try:
-        plain, complete = _decode(shift, behind, window, WINDOW_BYTES)
+        plain, complete = stream.decode(entered, window, WINDOW_BYTES)
         if not complete:
             return window
-        high, low = (_decode(shift, behind, probe, WINDOW_BYTES)[0] for probe in deflate.probes())
+        high, low = (stream.decode(entered, probe, WINDOW_BYTES)[0] for probe in deflate.probes())
         sparse = deflate.sparse_window(window, high, low)
         # Cheap, and the only thing a wrong window could do is make a span undecodable for ever.
-        return sparse if _decode(shift, behind, sparse, WINDOW_BYTES)[0] == plain else window
-    except _IsalError:
+        return sparse if stream.decode(entered, sparse, WINDOW_BYTES)[0] == plain else window
+    except DeflateError:
         return window

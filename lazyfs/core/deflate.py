@@ -15,7 +15,8 @@ length.
 from __future__ import annotations
 
 import functools
-import re
+from array import array
+from itertools import compress
 
 from lazyfs.errors import ImageError
 
@@ -66,9 +67,6 @@ def enter_at(shift: int, first_byte: int) -> bytes:
     return whole + bytes([low_bits | (first_byte & (0xFF << shift) & 0xFF)])
 
 
-_NOT_NULL = re.compile(rb"[^\0]+")
-
-
 @functools.cache
 def probes() -> tuple[bytes, bytes]:
     """Two windows, (high, low), that tell which bytes of the true window a decoder copies.
@@ -81,9 +79,20 @@ def probes() -> tuple[bytes, bytes]:
 
 
 @functools.cache
-def _positions() -> dict[int, int]:
-    """Pairs, as little-endian 16-bit numbers, to positions in the window."""
-    return {low << 8 | high: p for p, (high, low) in enumerate(zip(*probes(), strict=True))}
+def _positions() -> array[int]:
+    """Pairs, as numbers in the host's byte order, to positions in the window."""
+    high, low = probes()
+    places = array("H", bytes(2 * 65536))
+    for p, pair in enumerate(_pairs(high, low)):
+        places[pair] = p
+    return places
+
+
+def _pairs(high: bytes, low: bytes) -> array[int]:
+    pairs = bytearray(2 * len(high))
+    pairs[0::2] = high
+    pairs[1::2] = low
+    return array("H", bytes(pairs))  # iterated three times as fast as a memoryview
 
 
 def sparse_window(window: bytes, high: bytes, low: bytes) -> bytes:
@@ -95,27 +104,18 @@ def sparse_window(window: bytes, high: bytes, low: bytes) -> bytes:
     sixth after compression.
     """
     size = min(len(low), len(high))
-    pairs = bytearray(2 * size)
-    pairs[0::2] = high[:size]
-    pairs[1::2] = low[:size]
+    high, low = high[:size], low[:size]
+    # Only bytes from the window differ between the two.
+    differ = int.from_bytes(high, "little") ^ int.from_bytes(low, "little")
+    used = set(compress(_pairs(high, low), differ.to_bytes(size, "little")))
+    mask = bytearray(WINDOW_BYTES)
+    for position in map(_positions().__getitem__, used):
+        mask[position] = 0xFF
     padding = WINDOW_BYTES - len(window)
-    sparse = bytearray(len(window))
-    # Only bytes from the window differ between the two. Where they are few, the rest need not be looked at.
-    differ = int.from_bytes(high[:size], "little") ^ int.from_bytes(low[:size], "little")
-    changed = differ.to_bytes(size, "little")
-    numbers = memoryview(pairs).cast("H")
-    if size - changed.count(0) > size // 4:
-        used = set(numbers)
-    else:
-        used = set().union(*(numbers[run.start() : run.end()] for run in _NOT_NULL.finditer(changed)))
-    positions = _positions()
-    for pair in used:
-        position = positions.get(pair)
-        if position is not None:
-            if position < padding:
-                raise ImageError("gzip stream refers to data before its start")
-            sparse[position - padding] = window[position - padding]
-    return bytes(sparse)
+    if any(mask[:padding]):
+        raise ImageError("gzip stream refers to data before its start")
+    kept = int.from_bytes(window, "little") & int.from_bytes(mask[padding:], "little")
+    return kept.to_bytes(len(window), "little")
 
 
 def gzip_header_bytes(data: bytes) -> int | None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from lazyfs import gzipscan
+from lazyfs import gzipscan, zstream
 from lazyfs.core.deflate import WINDOW_BYTES
 from lazyfs.core.index import unpack_windows
 from lazyfs.core.spans import (
@@ -167,3 +167,16 @@ def test_the_same_blob_gives_the_same_points_and_windows(level: int) -> None:
     blob = gzip.compress(text(6_000_000), level, mtime=0)
     first, again = scan(blob)[0], scan(blob)[0]
     assert (first.points, first.window_groups) == (again.points, again.window_groups)
+
+
+def test_the_points_do_not_depend_on_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = text(6_000_000) + random.Random(4).randbytes(300_000) + bytes(5_000_000) + text(2_000_000, 3)
+    blob = gzip.compress(plain, 6, mtime=0) + gzip.compress(text(900_000, 5), 9, mtime=0)
+    found = []
+    for library in (zstream.zlib_ng(), zstream.system_zlib()):
+        assert library is not None
+        monkeypatch.setattr(zstream, "_library", lambda library=library: library)
+        inflater, decoded = scan(blob)
+        check_spans(inflater, blob, decoded)
+        found.append((inflater.points, inflater.window_groups, decoded))
+    assert found[0] == found[1]
