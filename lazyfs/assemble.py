@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 
-from lazyfs.cache import CachedLayer
+from lazyfs.cachelayer import CachedLayer
 from lazyfs.core.spans import Span
 
 # Parts of blocks whose other part lies in a span not fetched yet, kept in memory by layer.

@@ -26,12 +26,13 @@ from typing import Any
 import trio
 
 from lazyfs import control
-from lazyfs.cache import BlockCache, LayerClosed
+from lazyfs.cache import BlockCache
+from lazyfs.cachelayer import CachedLayer, LayerClosed
 from lazyfs.concurrency import beside
 from lazyfs.control import Attached, Request, RequestOptions
 from lazyfs.controlserver import ControlStream, serve
 from lazyfs.detached import clone_mount, erofs_mount_detached
-from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
+from lazyfs.errors import HostError, LazyfsError, RemoteError, UserError
 from lazyfs.fetch import LayerHandle
 from lazyfs.fuse import tuning
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
@@ -40,6 +41,7 @@ from lazyfs.keeper import parse_arguments
 from lazyfs.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
 from lazyfs.mountinfo import MountEntry, mounts
 from lazyfs.resolve import ImageOptions, NeedsIndexError
+from lazyfs.revival import Awake, Sleeper
 from lazyfs.roots import Released, Remembered, Root, hold_name, is_shown, load_state, root_entry, save_state
 
 log = logging.getLogger("lazyfs.daemon")
@@ -57,54 +59,6 @@ _RESTORE_S = 3.0  # opening what is in the cache takes milliseconds; without it,
 _OPENING_DEADLINES = 4  # an image is opened by a few requests, each within timeout=
 
 
-class _Sleeper:
-    """Stands for a device that was let go; the first read opens its image again."""
-
-    def __init__(self, daemon: Daemon, released: Released) -> None:
-        self._daemon = daemon
-        self._timeout_s = released.options.timeout_s
-        self.content_root = released.content_root
-        self.size_bytes = released.size_bytes
-
-    def read_cached(self, address: int, size: int) -> bytes | memoryview | None:
-        return None
-
-    async def read(self, address: int, size: int) -> bytes:
-        try:
-            with trio.fail_after(self._timeout_s / 2):  # as in LayerHandle.read
-                handle = await self._daemon.revive(self.content_root)
-                return await handle.read(address, size)
-        except trio.TooSlowError:
-            raise RemoteError(f"the image did not open within {self._timeout_s / 2:g} s") from None
-        except NeedsIndexError:
-            raise ImageError("the index of a mounted image is gone", "mount the image again") from None
-
-
-class _Awake:
-    """A device whose image is open. Should that be let go during a read, the read opens it again."""
-
-    def __init__(self, daemon: Daemon, handle: LayerHandle) -> None:
-        self._daemon = daemon
-        self.handle = handle
-        self.content_root = handle.content_root
-        self.size_bytes = handle.size_bytes
-
-    def read_cached(self, address: int, size: int) -> bytes | memoryview | None:
-        try:
-            return self.handle.read_cached(address, size)
-        except LayerClosed:
-            return None
-
-    async def read(self, address: int, size: int) -> bytes:
-        try:
-            return await self.handle.read(address, size)
-        except LayerClosed:
-            device = self._daemon.by_node(node_of(self.content_root))
-            if device is None or (isinstance(device, _Awake) and device.handle is self.handle):
-                raise
-            return await device.read(address, size)
-
-
 class Daemon:
     """Everything one worker process does. Its state belongs to the trio thread; reader threads only look
     things up in `_nodes` and `_released` (single look-ups in a dict are atomic)."""
@@ -120,7 +74,7 @@ class Daemon:
         self.status = EXIT_ENDED  # of the process; meaningful once `ending` is set
         self.interrupted = trio.Event()  # a signal came, perhaps after everything was let go
         self._linger_s = linger_s
-        self._nodes: dict[int, _Awake] = {}
+        self._nodes: dict[int, Awake] = {}
         self._released: dict[int, Released] = {}
         self._opening = trio.Lock()
         self._uppers: list[str] = []  # ephemeral upper directories whose overlay has gone
@@ -134,7 +88,7 @@ class Daemon:
     def by_node(self, nodeid: int) -> Device | None:
         device = self._nodes.get(nodeid)
         if device is None and (released := self._released.get(nodeid)) is not None:
-            return _Sleeper(self, released)
+            return Sleeper(self, released)
         return device
 
     def names(self) -> list[str]:
@@ -155,7 +109,7 @@ class Daemon:
 
     def _add_nodes(self, image: Image) -> None:
         for handle in image.layers:
-            known = self._nodes.setdefault(node_of(handle.content_root), _Awake(self, handle))
+            known = self._nodes.setdefault(node_of(handle.content_root), Awake(self, handle))
             if known.content_root != handle.content_root:
                 raise HostError("two layers have the same node id", "mount the image with backend=fuse")
 
@@ -198,7 +152,8 @@ class Daemon:
             return {}
         if request.op == "stats" and request.dev is not None:
             root = self._root_of(request.dev)
-            return {**root_entry(root), **root.image.statistics()}
+            layers = {"layers": len(root.image.layers), "layers_read_directly": len(root.direct)}
+            return {**root_entry(root), **root.image.statistics(), **layers}
         if request.op == "list":
             return {"cache": self.store.cache.path, "mounts": [root_entry(root) for root in self.roots.values()]}
         if request.op == "stop":
@@ -272,7 +227,13 @@ class Daemon:
     async def _mount_root(self, image: Image, request: Request) -> Root:
         try:
             self._add_nodes(image)
-            devices = [f"/proc/self/fd/{self.link.mount_fd}/{one.content_root}" for one in image.layers]
+            direct = frozenset(one.content_root for one in image.layers if one.layer.is_sound())
+            devices = [
+                one.layer.open_data_path()
+                if one.content_root in direct
+                else f"/proc/self/fd/{self.link.mount_fd}/{one.content_root}"
+                for one in image.layers
+            ]
             # By way of the runtime directory: the kernel takes 255 bytes, and a cache may lie deep.
             inside = image.namespace_path.removeprefix(self.store.cache.path).lstrip("/")
             namespace = f"{self._cache_link()}/{inside}"
@@ -282,9 +243,10 @@ class Daemon:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):
                 await self.store.close(image)
             raise
-        root = Root(image, request.options, dict(request.home), _dev_of(mount_fd))
+        root = Root(image, request.options, dict(request.home), _dev_of(mount_fd), direct)
         new = tuning.erofs_devices() - before
         root.backing_device = new.pop() if len(new) == 1 else None
+        self._widen_read_ahead(root)
         self.link.hold(root.hold_name, mount_fd)
         self.roots[image.manifest_digest] = root
         self._save()
@@ -332,7 +294,7 @@ class Daemon:
             for one in old.as_released():
                 self._released.setdefault(node_of(one.content_root), one)
             return
-        root = Root(image, old.options, old.home, _dev_of(mount_fd), old.targets)
+        root = Root(image, old.options, old.home, _dev_of(mount_fd), old.direct, old.targets)
         self.roots[image.manifest_digest] = root
 
     def _save(self) -> None:
@@ -355,7 +317,8 @@ class Daemon:
                 if changes.poll(0):
                     self._look_at_mounts()
                 await self._let_go_of_idle()
-                self._widen_read_ahead()
+                for root in self.roots.values():
+                    self._widen_read_ahead(root)
                 now = trio.current_time()
                 idle_since = None if self.roots or self._clients else idle_since or now
                 if idle_since is not None and now - idle_since >= self._linger_s:
@@ -363,13 +326,29 @@ class Daemon:
                     return
                 await trio.sleep(_TICK_S)
 
-    def _widen_read_ahead(self) -> None:
+    def _widen_read_ahead(self, root: Root) -> None:
         """While something has to be fetched, the kernel reads ahead little, for what it takes is paid for. An
         image that is here as a whole is read like a local one."""
-        for root in self.roots.values():
-            if root.backing_device and all(handle.layer.is_complete() for handle in root.image.layers):
-                tuning.set_erofs_read_ahead(root.backing_device, _READ_AHEAD_KIB)
-                root.backing_device = None
+        if root.backing_device and all(handle.layer.is_complete() for handle in root.image.layers):
+            tuning.set_erofs_read_ahead(root.backing_device, _READ_AHEAD_KIB)
+            root.backing_device = None
+
+    async def settle(self) -> None:
+        """Notes which layers are sound: the next mount of their image lets the kernel read them by itself."""
+        settled: set[CachedLayer] = set()
+        while True:
+            await trio.sleep(_TICK_S)
+            layers = {handle.layer for root in self.roots.values() for handle in root.image.layers}
+            settled &= layers
+            for layer in layers - settled:
+                try:
+                    if layer.is_complete() and await trio.to_thread.run_sync(layer.settle, abandon_on_cancel=True):
+                        settled.add(layer)
+                except LayerClosed:
+                    pass
+                except HostError as error:
+                    log.error("%s", error)
+                    settled.add(layer)  # not again and again
 
     def _look_at_mounts(self) -> None:
         seen: dict[tuple[int, int], list[MountEntry]] = {}
@@ -451,6 +430,7 @@ async def run(cache_path: str, runtime: str, linger_s: float) -> int:
         if link.listen_fd is not None:
             nursery.start_soon(serve, socket.socket(fileno=os.dup(link.listen_fd)), daemon.handle)
             nursery.start_soon(daemon.watch)
+            nursery.start_soon(daemon.settle)
         try:
             ended = await server.run()
         finally:

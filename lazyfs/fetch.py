@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import trio
 
 from lazyfs.assemble import Assembler, Fragments
-from lazyfs.cache import CachedLayer
+from lazyfs.cachelayer import CachedLayer
 from lazyfs.core.plan import REQUEST_BYTES, SLACK_BYTES, Readahead, next_run, spans_for_block
 from lazyfs.core.spans import Compression, Span, SpanTable
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError

@@ -11,7 +11,8 @@ from array import array
 
 import xxhash
 
-from lazyfs.cache import BlockCache, write_block
+from lazyfs.cache import BlockCache
+from lazyfs.cachelayer import write_block
 from lazyfs.core.blocks import BlockTable
 from lazyfs.errors import HostError
 

@@ -30,6 +30,7 @@ class Root:
     options: RequestOptions
     home: dict[str, str]
     dev: tuple[int, int]  # of the EROFS mount, which the keeper holds
+    direct: frozenset[str]  # content roots of the layers whose data the kernel reads by itself
     targets: list[Attached] = field(default_factory=list)
     pending: int = 0  # clients between our answer and their "attached"
     idle_since: float | None = None  # trio time
@@ -60,6 +61,7 @@ class Remembered(NamedTuple):
     options: RequestOptions
     home: dict[str, str]
     targets: list[Attached]
+    direct: frozenset[str]
     layers: list[tuple[str, int]]
 
     def as_released(self) -> list[Released]:
@@ -94,6 +96,7 @@ def save_state(link: KeeperLink, roots: list[Root], released: list[Released]) ->
                 "options": root.options._asdict(),
                 "home": root.home,
                 "targets": [attached_json(target) for target in root.targets],
+                "direct": sorted(root.direct),
                 "layers": [[handle.content_root, handle.size_bytes] for handle in root.image.layers],
             }
             for root in roots
@@ -119,6 +122,7 @@ def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
             control.parse_options(entry["options"]),
             entry["home"],
             [control.parse_attached(target) for target in entry["targets"]],
+            frozenset(map(str, entry.get("direct", []))),
             [(str(name), int(size_bytes)) for name, size_bytes in entry.get("layers", [])],
         )
         for entry in state["roots"]

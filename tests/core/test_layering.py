@@ -19,10 +19,10 @@ core.deflate core.blocks core.spans core.index core.plan
 concurrency linux mountinfo detached host
 zstream gzipscan inflate
 transfer urls credentials http download registryauth registry imagelayout source
-cache evict fill assemble resolve windows fetch indexer publish images
+cachelayer cache evict fill assemble resolve windows fetch indexer publish images
 fuse.wire fuse.devices fuse.tuning fuse.mounting fuse.root
 report progress options paths control controlserver
-keeperlink keeper roots daemon fusecontrol fusemount
+keeperlink keeper roots revival daemon fusecontrol fusemount
 commands launch query unmount uppers mounts foreground doctor
 accounts specmounts rootless runspec imageroot bundle runc mountedroot containers
 arguments cli mounthelper

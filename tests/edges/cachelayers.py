@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazyfs.cache import BlockCache, CachedLayer
+from lazyfs.cache import BlockCache
+from lazyfs.cachelayer import CachedLayer
 from lazyfs.core.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder
 
 

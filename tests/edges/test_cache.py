@@ -367,3 +367,63 @@ def test_complete_means_every_block(store: BlockCache) -> None:
         LAYER.fill(layer, range(block, block + 1))
     assert layer.is_complete()
     layer.close()
+
+
+def test_a_layer_is_sound_once_all_of_it_was_compared(store: BlockCache) -> None:
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    last = layer.table.count - 1
+    LAYER.fill(layer, range(last))
+    assert not layer.settle() and not layer.is_sound()
+    LAYER.fill(layer, range(last, last + 1))
+    assert not layer.is_sound()  # nobody has compared it yet
+    assert layer.settle() and layer.is_sound()
+    other = store.create_layer(LAYER.content_root, LAYER.table)
+    assert other.is_sound()
+    assert Path(other.open_data_path()).read_bytes() == LAYER.device
+    layer.close()
+    other.close()
+
+
+@pytest.mark.parametrize("event", ["write", "mark", "boot", "truncated note"])
+def test_a_layer_is_no_longer_sound_after(store: BlockCache, event: str) -> None:
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    LAYER.fill(layer)
+    assert layer.settle() and layer.is_sound()
+    if event == "write":
+        with open(entry(store, LAYER, "data"), "r+b") as data:
+            data.write(b"x")
+    elif event == "mark":
+        with open(entry(store, LAYER, "present"), "r+b") as marks:
+            marks.write(bytes(8))
+    else:
+        note = Path(entry(store, LAYER, "sound"))
+        note.write_bytes(note.read_bytes()[:-9] if event == "truncated note" else b"0" + note.read_bytes()[1:])
+    assert not layer.is_sound()
+    layer.close()
+
+
+def test_settling_finds_damage(store: BlockCache) -> None:
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    LAYER.fill(layer)
+    with open(entry(store, LAYER, "data"), "r+b") as data:
+        data.seek(1)  # behind the first file, which has one byte
+        data.write(b"rubbish in the padding")
+        data.seek(LAYER.blocks.addresses[2])
+        data.write(b"damage")
+    assert not layer.settle() and not layer.has(2) and not layer.is_sound()
+    LAYER.fill(layer, range(2, 3))
+    assert layer.settle() and layer.is_sound()
+    assert Path(entry(store, LAYER, "data")).read_bytes() == LAYER.device
+    layer.close()
+
+
+def test_settling_does_not_read_the_disk(store: BlockCache) -> None:
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    LAYER.fill(layer)
+    with open(entry(store, LAYER, "data"), "rb") as data:
+        os.fsync(data.fileno())
+        os.posix_fadvise(data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert not layer.settle()
+    assert layer.read(0, len(LAYER.device)) == LAYER.device
+    assert layer.settle() and layer.is_sound()
+    layer.close()
