@@ -17,6 +17,7 @@ from benchmarks.host import run
 PROGRAM = Path(sys.executable).with_name("lazyfs")
 # A daemon ends by itself some seconds after its last mount is gone.
 DAEMON_END_DEADLINE_S = 20.0
+SOUND_DEADLINE_S = 60.0
 
 
 class Lazyfs:
@@ -79,6 +80,15 @@ class Lazyfs:
                 descriptor = os.pidfd_open(next(iter(running)))
                 select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
                 os.close(descriptor)
+
+    def wait_until_sound(self) -> None:
+        """Wait until the daemon has noted that all layers of the cache are whole and compared (docs/FORMATS.md)."""
+        deadline = time.monotonic() + SOUND_DEADLINE_S
+        layers = list((self.cache / "layers").iterdir())
+        while not all((layer / "sound").exists() for layer in layers):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the cached layers are not found sound")
+            time.sleep(0.1)
 
     def memory_bytes(self) -> int:
         """Memory of all processes that serve this cache: proportional set size (proc(5), smaps_rollup)."""

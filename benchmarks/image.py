@@ -46,7 +46,7 @@ def large_file() -> BenchmarkImage:
 
 def _build_interpreters(directory: Path) -> None:
     tar = directory / "root.tar"
-    bootstrap(tar, "--include=python3,nodejs")
+    bootstrap(tar, "--include=python3,nodejs", reproducible=False)
     config = {"Env": [*ENVIRONMENT, "LANG=C.UTF-8"], "Cmd": ["python3"]}
     layout = Layout(directory)
     layout.tag(TAG, layout.add_image([layout.add_layer(tar, GZIP)], config))

@@ -101,9 +101,13 @@ def codename() -> str:
     return platform.freedesktop_os_release().get("VERSION_CODENAME", "bookworm")
 
 
-def bootstrap(tar: Path, *options: str) -> None:
-    """Make a minimal Debian root file system as a tar, the same bytes for the same package versions."""
-    environment = os.environ | {"SOURCE_DATE_EPOCH": str(layertar.MTIME_S)}
+def bootstrap(tar: Path, *options: str, reproducible: bool = True) -> None:
+    """Make a minimal Debian root file system as a tar, if `reproducible` the same bytes for the same package versions.
+
+    Python then compiles its modules so that each import reads the source, too, to compare its hash (py_compile
+    obeys SOURCE_DATE_EPOCH). Images that people run do not.
+    """
+    environment = os.environ | ({"SOURCE_DATE_EPOCH": str(layertar.MTIME_S)} if reproducible else {})
     _run("mmdebstrap", "--quiet", "--variant=minbase", *options, codename(), str(tar), env=environment)
 
 
