@@ -203,20 +203,27 @@ def sequential(place: Place, backend: str) -> Iterator[Result]:
         lazyfs.wait_until_ended()
         return samples
 
-    size = place.large_file.tar_bytes / 1e9
     with cold(place, backend) as lazyfs:
         same, later = throughput(lazyfs, fetch_first=True), throughput(lazyfs, fetch_first=False)
-    title = "sequential read of a cached 500 MB file, page cache cold, against ext4"
-    rows = (("sequential", title, later, False), ("sequential-same", "the same by the mount that fetched it", same, True))
-    for key, title, (ours, theirs), informative in rows:
-        value = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-        rates = [size / statistics.median(side) for side in (ours, theirs)]
-        shown = f"{value:.2f}x ({rates[0]:.2f} / {rates[1]:.2f} GB/s)"
-        yield Result(
-            key, title, backend=backend, goal="" if informative else "0.85x of its throughput", value=value, limit=0.85,
-            shown=shown, smaller_is_better=False, unit="x", ours=ours, theirs=theirs, informative=informative,
-        )  # fmt: skip
+    yield _throughput_result(place, backend, "sequential", later)
+    yield _throughput_result(place, backend, "sequential-same", same, informative=True)
     shutil.rmtree(copy)
+
+
+def _throughput_result(
+    place: Place, backend: str, key: str, samples: tuple[list[float], list[float]], informative: bool = False
+) -> Result:
+    ours, theirs = samples
+    value = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    rates = [place.large_file.tar_bytes / 1e9 / statistics.median(side) for side in samples]
+    title = "sequential read of a cached 500 MB file, page cache cold, against ext4"
+    if informative:
+        title = "the same by the mount that fetched it"
+    return Result(
+        key, title, "" if informative else "0.85x of its throughput", backend, value, 0.85,
+        f"{value:.2f}x ({rates[0]:.2f} / {rates[1]:.2f} GB/s)",
+        smaller_is_better=False, unit="x", ours=ours, theirs=theirs, informative=informative,
+    )  # fmt: skip
 
 
 def indexing(place: Place, index_bytes: Callable[[str], int]) -> Iterator[Result]:

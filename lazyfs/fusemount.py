@@ -14,6 +14,10 @@ IMAGE and TARGET are there for ps(1). Who starts it gives it its session, its wo
 
 from __future__ import annotations
 
+from lazyfs import quickstart
+
+# isort: split
+
 import argparse
 import contextlib
 import logging
@@ -213,6 +217,7 @@ class _Session:
                 server = ControlServer(self._describe(dev), self._counters, attachments, self._stopping)
                 await nursery.start(server.run, self._runtime)
                 nursery.start_soon(self._introduce, dev, attachments)
+                quickstart.finish()
                 await serve_requests(MAX_TASKS)
                 nursery.cancel_scope.cancel()
         finally:
