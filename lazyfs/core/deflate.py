@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 from array import array
-from itertools import compress
 
 from lazyfs.errors import ImageError
 
@@ -80,11 +79,10 @@ def probes() -> tuple[bytes, bytes]:
 
 @functools.cache
 def _positions() -> array[int]:
-    """Pairs, as numbers in the host's byte order, to positions in the window."""
-    high, low = probes()
-    places = array("H", bytes(2 * 65536))
-    for p, pair in enumerate(_pairs(high, low)):
-        places[pair] = p
+    """From pairs, as numbers in the host's byte order, to positions in the window; WINDOW_BYTES for no pair of it."""
+    places = array("H", [WINDOW_BYTES]) * 65536
+    for position, pair in enumerate(_pairs(*probes())):
+        places[pair] = position
     return places
 
 
@@ -104,17 +102,13 @@ def sparse_window(window: bytes, high: bytes, low: bytes) -> bytes:
     sixth after compression.
     """
     size = min(len(low), len(high))
-    high, low = high[:size], low[:size]
-    # Only bytes from the window differ between the two.
-    differ = int.from_bytes(high, "little") ^ int.from_bytes(low, "little")
-    used = set(compress(_pairs(high, low), differ.to_bytes(size, "little")))
-    mask = bytearray(WINDOW_BYTES)
-    for position in map(_positions().__getitem__, used):
-        mask[position] = 0xFF
+    mask = bytearray(WINDOW_BYTES + 1)
+    for place in map(_positions().__getitem__, set(_pairs(high[:size], low[:size]))):
+        mask[place] = 0xFF
     padding = WINDOW_BYTES - len(window)
     if any(mask[:padding]):
         raise ImageError("gzip stream refers to data before its start")
-    kept = int.from_bytes(window, "little") & int.from_bytes(mask[padding:], "little")
+    kept = int.from_bytes(window, "little") & int.from_bytes(mask[padding:WINDOW_BYTES], "little")
     return kept.to_bytes(len(window), "little")
 
 

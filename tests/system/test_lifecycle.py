@@ -209,12 +209,14 @@ def test_stop_refuses_while_something_is_mounted(lazyfs: Lazyfs, image: str, tmp
         assert [place["target"] for place in ours["mounts"][0]["targets"]] == [str(target)]
 
 
-def test_read_ahead_is_widened_when_everything_is_here(kernel_host: Host, image: str) -> None:
+def test_read_ahead_is_widened_when_everything_is_here(
+    kernel_host: Host, pushed: Pushed, registry: RegistryServer
+) -> None:
     def read_ahead() -> dict[str, str]:
         return {path.parent.name: path.read_text() for path in Path("/sys/class/bdi").glob("erofs-*/read_ahead_kb")}
 
     before = set(read_ahead())
-    target = kernel_host.mount(image)
+    target = kernel_host.mount(f"{registry.host}/{pushed('busybox', 'gzip', True)}")
     (name,) = set(read_ahead()) - before
     assert read_ahead()[name] == "128\n"
     subprocess.run(["sh", "-c", 'find "$1" -type f -exec cat {} + > /dev/null', "sh", target], check=True)
