@@ -210,7 +210,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _daemon(args: argparse.Namespace) -> int:
-    from lazyfs import control, launch, paths, report
+    from lazyfs import control, paths, process, report
 
     cache = paths.cache_directory(args.cache)
     runtime = paths.runtime_directory(cache)
@@ -225,9 +225,9 @@ def _daemon(args: argparse.Namespace) -> int:
     arguments = ["--cache", cache, "--runtime", runtime, "--foreground"]
     if args.linger is not None:
         arguments += ["--linger", str(args.linger)]
-    command = launch.python_command("lazyfs.keeper", *arguments)
+    command = process.python_command("lazyfs.keeper", *arguments)
     sys.stdout.flush()
-    os.execve(command[0], command, launch.environment())
+    os.execve(command[0], command, process.environment())
 
 
 def _print_json(value: object) -> None:

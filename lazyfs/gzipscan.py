@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from lazyfs.core import deflate
@@ -29,12 +29,10 @@ from lazyfs.core.spans import (
     PointKind,
 )
 from lazyfs.errors import ImageError
+from lazyfs.thinning import PROBE_BYTES, Thinner
 from lazyfs.zstream import DeflateError, ZStream
 
 CHUNK_BYTES = 1 << 20
-# Enough compressed bytes behind an entry point to decode 32 KiB, but for freak streams (then the window stays
-# whole).
-_PROBE_BYTES = 128 * 1024
 # How much behind a boundary is decoded to judge it, and of how many compressed bytes at most.
 _JUDGED_BYTES = 8192
 _JUDGED_BLOB_BYTES = 12288
@@ -62,9 +60,7 @@ class GzipInflater:
     def __init__(self) -> None:
         self.points: list[Point] = []  # complete after finish()
         self.window_groups: list[bytes] = []
-        # Windows are made sparse beside the decoding: libz works without the GIL, so that another core can.
-        self._pool = ThreadPoolExecutor(1, "windows")
-        self._thinner = ZStream(raw=True)  # only the pool's thread's
+        self._thinner = Thinner()
         self._windows: list[Future[bytes]] = []  # not packed yet
         self._stream = ZStream(raw=False)
         self._judge = ZStream(raw=True)  # only this thread's
@@ -84,8 +80,8 @@ class GzipInflater:
         self._chosen: _Candidate | None = None  # an entry point whose window is not sparse yet
 
     def __del__(self) -> None:
-        if hasattr(self, "_pool"):
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        if hasattr(self, "_thinner"):
+            self._thinner.close(wait=False)
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Plain bytes that follow from the next bytes of the blob. Raises ImageError."""
@@ -93,7 +89,7 @@ class GzipInflater:
         base = ctypes.cast(source, ctypes.c_void_p).value or 0
         at = 0
         for candidate in {id(one): one for one in (self._best, self._chosen) if one is not None}.values():
-            candidate.behind += chunk[: max(0, _PROBE_BYTES - len(candidate.behind))]
+            candidate.behind += chunk[: max(0, PROBE_BYTES - len(candidate.behind))]
         while True:
             if self._member_ended:
                 if at == len(chunk):
@@ -174,7 +170,7 @@ class GzipInflater:
         if self._best is not None and self._best.references <= references:
             return self._best
         point = Point(*place, PointKind.ENTRY_WITH_WINDOW)
-        return _Candidate(point, window, bytearray(chunk[first : first + _PROBE_BYTES]), references)
+        return _Candidate(point, window, bytearray(chunk[first : first + PROBE_BYTES]), references)
 
     def _choose(self, candidate: _Candidate) -> None:
         """Makes a boundary the next entry point."""
@@ -189,8 +185,7 @@ class GzipInflater:
         if self._chosen is None:
             return
         chosen = self._chosen
-        job = self._pool.submit(_sparse, self._thinner, chosen.point.shift, chosen.window, bytes(chosen.behind))
-        self._windows.append(job)
+        self._windows.append(self._thinner.submit(chosen.point.shift, chosen.window, bytes(chosen.behind)))
         self._chosen = None
         if len(self._windows) == _MAX_WAITING_WINDOWS:
             self._pack(_MAX_WAITING_WINDOWS // 2)
@@ -217,7 +212,7 @@ class GzipInflater:
             self._chosen = None  # no data behind it: the point is left out, and so is its window
         self._resolve()
         self._pack(len(self._windows))
-        self._pool.shutdown()
+        self._thinner.close(wait=True)
         merged = {point.tar: point for point in (*self._milestones, *self._entries)}
         points = (point for point in merged.values() if point.tar < self._tar_bytes)
         self.points = sorted(points, key=lambda point: point.tar)
@@ -238,20 +233,3 @@ def _references(stream: ZStream, shift: int, window: bytes, behind: bytes) -> in
         return _JUDGED_BYTES
     differ = int.from_bytes(plain, "little") ^ int.from_bytes(probe, "little")
     return len(plain) - differ.to_bytes(len(plain), "little").count(0)
-
-
-def _sparse(stream: ZStream, shift: int, window: bytes, behind: bytes) -> bytes:
-    """The window without the bytes that `behind` (the blob from the entry point on) does not refer to."""
-    if not behind:
-        return window
-    entered = deflate.enter_at(shift, behind[0]) + behind[1:]
-    try:
-        plain, complete = stream.decode(entered, window, WINDOW_BYTES)
-        if not complete:
-            return window
-        high, low = (stream.decode(entered, probe, WINDOW_BYTES)[0] for probe in deflate.probes())
-        sparse = deflate.sparse_window(window, high, low)
-        # Cheap, and the only thing a wrong window could do is make a span undecodable for ever.
-        return sparse if stream.decode(entered, sparse, WINDOW_BYTES)[0] == plain else window
-    except DeflateError:
-        return window

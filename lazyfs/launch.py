@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import time
 
 from lazyfs import paths
 from lazyfs.control import Connection, DaemonGone
 from lazyfs.errors import HostError
+from lazyfs.process import environment, python_command
 
 START_DEADLINE_S = 20.0  # starting Python and binding a socket takes 0.1 s; a loaded host may need longer
 END_DEADLINE_S = 5.0
@@ -53,19 +53,6 @@ class Child:
                 os.kill(self._pid, number)
             while self.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-
-
-def python_command(module: str, *arguments: str) -> list[str]:
-    """``python -P -S -m module``: -P, so that nothing in the current directory is imported; -S, since
-    `environment` says where modules are (5 ms of a start)."""
-    return [sys.executable, "-P", "-S", "-m", module, *arguments]
-
-
-def environment() -> dict[str, str]:
-    """The caller's, with this process's module path, from wherever it runs."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    places = dict.fromkeys([root, *(path for path in sys.path if os.path.isdir(path))])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
 def _spawn(command: list[str], log: str, inherited: tuple[int, ...] = ()) -> Child:

@@ -17,7 +17,7 @@ core.reference core.oci
 core.pax core.tar core.tree core.erofsformat core.erofs core.erofsread
 core.deflate core.blocks core.spans core.index core.plan
 concurrency linux mountinfo detached host
-zstream gzipscan inflate
+zstream thinning gzipscan inflate
 transfer urls credentials http download registryauth registry imagelayout source
 cachelayer cache evict fill assemble resolve windows fetch indexer publish images
 fuse.wire fuse.devices fuse.tuning fuse.mounting fuse.root

@@ -156,7 +156,7 @@ def test_the_light_path_stays_light(tmp_path: Path) -> None:
     }
     assert not loaded & heavy
     ours = {name for name in loaded if name.startswith("lazyfs.")}
-    allowed = {"cli", "arguments", "mounts", "options", "errors", "control", "host", "launch", "paths"}
+    allowed = {"cli", "arguments", "mounts", "options", "errors", "control", "host", "launch", "paths", "process"}
     assert ours <= {f"lazyfs.{name}" for name in allowed}
 
 
