@@ -144,7 +144,17 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         "  lazyfs inspect debian:12\n",
     )
     inspect.add_argument("image", metavar="IMAGE", help=_IMAGE)
-    for command in (index, inspect):
+    analyze = add(
+        "analyze",
+        "show where an image's data lies, what a start reads, and what is cached already",
+        "  lazyfs analyze debian:12\n"
+        "  lazyfs analyze --plot layers.png registry.example/app:1 -- python3 -c 'import json'\n\n"
+        "A command behind -- is run in a container with an empty cache, which is removed afterwards.\n",
+    )
+    analyze.usage = "lazyfs analyze [-h] [--plot FILE] [-o OPTIONS] [--json] IMAGE [-- CMD...]"
+    analyze.add_argument("--plot", metavar="FILE", help="draw it, too (PNG, SVG or PDF; needs matplotlib)")
+    analyze.add_argument("image", metavar="IMAGE", help=_IMAGE)
+    for command in (index, inspect, analyze):
         mount_options(command)
         json_output(command)
 

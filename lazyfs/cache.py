@@ -130,6 +130,23 @@ class BlockCache:
             if not os.path.exists(os.path.join(path, "lock")):  # else another process was faster
                 self.set_aside(path)
 
+    def peek(self, content_root: str) -> tuple[BlockTable, memoryview] | None:
+        """A layer's block table and marks (0: absent) as they are now; None if there is no whole entry.
+
+        Takes no lock and counts as no use: the entry may vanish at any time.
+        """
+        path = self.layer_path(content_root)
+        try:
+            with open(os.path.join(path, "table"), "rb") as file:
+                table = BlockTable(file.read())
+            with open(os.path.join(path, "present"), "rb") as file:
+                marks = memoryview(file.read(8 * table.count)).cast("Q")
+        except (OSError, ImageError, TypeError):  # TypeError: `present` is no whole number of marks
+            return None
+        if table.content_root != content_root or len(marks) != table.count:
+            return None
+        return table, marks
+
     def set_aside(self, path: str) -> str:
         """Takes an entry out of the way, to the path returned; `lazyfs cache gc` deletes it if
         nobody does before.

@@ -50,8 +50,14 @@ def _fail(text: str, code: int) -> int:
 def _dispatch(words: list[str]) -> int:
     from lazyfs.arguments import parser
 
+    command: list[str] = []
+    if words[:1] == ["analyze"] and "--" in words:
+        cut = words.index("--")
+        words, command = words[:cut], words[cut + 1 :]
     top = parser(words)
     args = top.parse_args(words)
+    if args.subcommand == "analyze":
+        args.command = command
     if args.version:
         print(f"lazyfs {_version()}")
         return 0
@@ -130,6 +136,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from lazyfs.commands import inspect
 
     return int(inspect(args))
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from lazyfs.analyze import analyze
+
+    return int(analyze(args))
 
 
 def _cache(args: argparse.Namespace) -> int:
@@ -241,6 +253,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "umount": _umount,
     "index": _index,
     "inspect": _inspect,
+    "analyze": _analyze,
     "cache": _cache,
     "bundle": _bundle,
     "run": _run,

@@ -36,7 +36,7 @@ from lazyfs.resolve import (
 
 # Finding an image's documents takes a few small requests; reading its layers is bounded by stalls, not in
 # all.
-_DOCUMENTS_S = 120.0
+DOCUMENTS_S = 120.0
 
 
 def image_options(options: MountOptions) -> ImageOptions:
@@ -59,8 +59,8 @@ def index(args: argparse.Namespace) -> int:
 
     async def work() -> None:
         started_s = time.monotonic()
-        async with _Resolving(cache, args.image, options) as resolved:
-            built = await _build(cache, resolved, fill=False)
+        async with Resolving(cache, args.image, options) as resolved:
+            built = await build(cache, resolved, fill=False)
             blob_bytes = sum(layer.size_bytes for layer in resolved.manifest.layers)
             report.update(
                 image=str(resolved.reference),
@@ -75,7 +75,7 @@ def index(args: argparse.Namespace) -> int:
             if args.push:
                 report["artifact_digest"] = await attach_index(resolved.source, resolved, built)
 
-    _run(work)
+    run_async(work)
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -99,22 +99,22 @@ def build_missing_index(image: str, options: MountOptions, push: bool, *, quiet:
     cache = BlockCache(paths.cache_directory(options.cache))
 
     async def work() -> None:
-        async with _Resolving(cache, image, options) as resolved:
-            built = await _build(cache, resolved, fill=True, quiet=quiet)
+        async with Resolving(cache, image, options) as resolved:
+            built = await build(cache, resolved, fill=True, quiet=quiet)
             if push:
                 await attach_index(resolved.source, resolved, built)
 
-    _run(work)
+    run_async(work)
 
 
-class _Resolving:
+class Resolving:
     """`async with`: the resolved image, its source closed at the end."""
 
     def __init__(self, cache: BlockCache, image: str, options: MountOptions) -> None:
         self._ask = (cache, image, image_options(options))
 
     async def __aenter__(self) -> Resolved:
-        with trio.fail_after(_DOCUMENTS_S):
+        with trio.fail_after(DOCUMENTS_S):
             self._resolved = await resolve(*self._ask)
         return self._resolved
 
@@ -123,10 +123,11 @@ class _Resolving:
             await self._resolved.source.aclose()
 
 
-async def _build(
+async def build(
     cache: BlockCache, resolved: Resolved, *, fill: bool, quiet: bool = False
 ) -> BuiltIndex:
-    with trio.fail_after(_DOCUMENTS_S):
+    """Reads all layers once and keeps the index; with `fill`, all data, too. Raises LazyfsError."""
+    with trio.fail_after(DOCUMENTS_S):
         config = parse_config(await load_config(cache, resolved))
     # The pass hands the GIL between threads thousands of times a second: 5 ms of waiting for it, Python's
     # default, is too long (measured: 97 against 104 MB/s).
@@ -147,8 +148,8 @@ def inspect(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {}
 
     async def work() -> None:
-        async with _Resolving(cache, args.image, options) as resolved:
-            with trio.fail_after(_DOCUMENTS_S):
+        async with Resolving(cache, args.image, options) as resolved:
+            with trio.fail_after(DOCUMENTS_S):
                 config = parse_config(await load_config(cache, resolved))
                 here = has_index(cache, resolved.manifest_digest)
                 found, state = None, "damaged" if here else "none"
@@ -180,7 +181,7 @@ def inspect(args: argparse.Namespace) -> int:
                 ],
             )
 
-    _run(work)
+    run_async(work)
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -263,13 +264,13 @@ def _du(store: BlockCache, as_json: bool) -> int:
     return 0
 
 
-def _run(work: Callable[[], Awaitable[None]]) -> None:
+def run_async(work: Callable[[], Awaitable[None]]) -> None:
     """Runs one async job; an error of a nursery inside comes out as itself."""
     try:
         trio.run(work)
     except trio.TooSlowError:
         raise RemoteError(
-            f"the registry did not answer within {_DOCUMENTS_S:g} s", "try again later"
+            f"the registry did not answer within {DOCUMENTS_S:g} s", "try again later"
         ) from None
     except BaseExceptionGroup as group:
         known = group.subgroup(LazyfsError)

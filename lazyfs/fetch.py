@@ -411,9 +411,9 @@ class LayerHandle:
         self.fetcher = fetcher
         self.content_root = layer.content_root
         self.size_bytes = layer.size_bytes
-        # Reads answered from the cache, and reads that had to fetch. Counted without a lock by several
-        # threads: a lost count is cheaper than a lock on the hot path.
-        self.hits = self.misses = 0
+        # Reads answered from the cache, reads that had to fetch, and bytes given to both. Counted without a lock by
+        # several threads: a lost count is cheaper than a lock on the hot path.
+        self.hits = self.misses = self.bytes_read = 0
 
     @property
     def timeout_s(self) -> float:
@@ -433,6 +433,7 @@ class LayerHandle:
             self.misses += 1
         else:
             self.hits += 1
+            self.bytes_read += len(data)
         return data
 
     async def read(self, address: int, size_bytes: int) -> bytes:
@@ -446,6 +447,7 @@ class LayerHandle:
                     await self.fetcher.ensure(blocks)
                     data = self.layer.read(address, size_bytes)
                     if data is not None:
+                        self.bytes_read += len(data)
                         return bytes(data)
         except trio.TooSlowError:
             raise RemoteError(

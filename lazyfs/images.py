@@ -64,6 +64,7 @@ class Image:
             "blocks_total": sum(handle.layer.table.count for handle in self.layers),
             "cache_hits": sum(handle.hits for handle in self.layers),
             "cache_misses": sum(handle.misses for handle in self.layers),
+            "bytes_read": sum(handle.bytes_read for handle in self.layers),
             "memory_bytes": resident_bytes(),
         }
 

@@ -15,7 +15,6 @@ from isal import isal_zlib
 from lazyfs.core import deflate
 from lazyfs.core.spans import FRAME_SPAN_BYTES, Compression, Point, PointKind, Span
 from lazyfs.errors import ImageError
-from lazyfs.gzipscan import GzipInflater
 
 CHUNK_BYTES = 1 << 20
 _IsalError = cast("type[Exception]", isal_zlib.error)  # the package's stubs declare an instance
@@ -45,6 +44,8 @@ class LayerInflater(Protocol):
 def layer_inflater(compression: Compression) -> LayerInflater:
     """The inflater for a layer stored that way."""
     if compression is Compression.GZIP:
+        from lazyfs.gzipscan import GzipInflater  # a daemon needs none of it, and would start 12 ms later
+
         return GzipInflater()
     return ZstdInflater() if compression is Compression.ZSTD else PlainInflater()
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import resource
 import select
@@ -136,6 +135,8 @@ class Keeper:
             return False
         if not data_bytes:
             return False
+        import json  # not before the first worker is on its way: 8 ms
+
         try:
             message = json.loads(data_bytes)
             if "hold" in message:
@@ -182,16 +183,15 @@ class Keeper:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         listen_fd = None if self._listener is None else self._listener.fileno()
-        given = {
+        numbers = {
             "fuse": self._fuse_fd,
             "mount": self._mount_fd,
             "listen": listen_fd,
             "lock": self._lock_fd,
             "link": theirs.fileno(),
-            "held": self._held,
         }
         memory_fd = os.memfd_create("lazyfs-fds", os.MFD_CLOEXEC)
-        os.write(memory_fd, json.dumps(given).encode())
+        os.write(memory_fd, _handover(numbers, self._held))
         inherited = [memory_fd, self._fuse_fd, theirs.fileno(), *self._held.values()]
         inherited += [fd for fd in (self._mount_fd, listen_fd, self._lock_fd) if fd is not None]
         environment = os.environ | _ALLOCATOR | {ENVIRONMENT: str(memory_fd)}
@@ -335,6 +335,18 @@ class Keeper:
             while self._receive(self._link):
                 pass
         return status
+
+
+def _handover(numbers: dict[str, int | None], held: dict[str, int]) -> bytes:
+    """What a worker is told (keeperlink.py). The first one, for which somebody waits, is told without the json module:
+    importing it takes 8 ms."""
+    text = "{}"
+    if held:
+        import json
+
+        text = json.dumps(held)
+    pairs = [f'"{name}": {"null" if number is None else number}' for name, number in numbers.items()]
+    return f'{{{", ".join(pairs)}, "held": {text}}}'.encode()
 
 
 def _write_oom_score(score_bytes: bytes) -> None:

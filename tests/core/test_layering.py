@@ -15,7 +15,7 @@ ORDER = """
 errors process quickstart
 core.reference core.oci
 core.pax core.tar core.tree core.erofsformat core.erofs core.erofsread
-core.deflate core.blocks core.spans core.index core.plan
+core.deflate core.blocks core.spans core.index core.analysis core.plan
 concurrency linux mountinfo detached host
 zstream thinning gzipscan inflate
 transfer urls credentials http download registryauth registry imagelayout source
@@ -25,6 +25,7 @@ report progress options paths control controlserver
 keeperlink keeper roots revival daemon fusecontrol fusemount
 commands launch query unmount uppers mounts foreground doctor
 accounts specmounts rootless runspec imageroot bundle runc mountedroot containers
+analysisplot analyze
 arguments cli mounthelper
 """.split()  # noqa: SIM905 -- one group a line, as DESIGN.md has them
 
