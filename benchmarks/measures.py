@@ -144,7 +144,7 @@ def starts(place: Place, backend: str) -> Iterator[Result]:
         yield ratio("run-cold", title, backend, ours, theirs, 1.3, "", informative=True)
         containers.start(on_overlay)
         ours, theirs = alternate(
-            3 * place.repetitions,
+            10 * place.repetitions,  # a few milliseconds decide
             lambda: containers.start(second),
             lambda: containers.start(on_overlay),
             drop=False,
