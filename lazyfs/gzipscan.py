@@ -79,9 +79,9 @@ class GzipInflater:
         self._best: _Candidate | None = None  # since the last entry point
         self._chosen: _Candidate | None = None  # an entry point whose window is not sparse yet
 
-    def __del__(self) -> None:
-        if hasattr(self, "_thinner"):
-            self._thinner.close(wait=False)
+    def close(self) -> None:
+        """Ends what runs beside it. May be called twice."""
+        self._thinner.close()
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Plain bytes that follow from the next bytes of the blob. Raises ImageError."""
@@ -212,7 +212,7 @@ class GzipInflater:
             self._chosen = None  # no data behind it: the point is left out, and so is its window
         self._resolve()
         self._pack(len(self._windows))
-        self._thinner.close(wait=True)
+        self._thinner.close()
         merged = {point.tar: point for point in (*self._milestones, *self._entries)}
         points = (point for point in merged.values() if point.tar < self._tar_bytes)
         self.points = sorted(points, key=lambda point: point.tar)

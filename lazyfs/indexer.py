@@ -8,6 +8,7 @@ on disk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -199,12 +200,14 @@ async def _scan_layer(
                     await blob_in.send(bytes(buffer))
 
         async def inflate() -> None:
-            with plain_in, blob_out:  # not `async with`: a checkpoint there would let followers fail first
+            # Not `async with`: a checkpoint there would let followers fail first.
+            with contextlib.ExitStack() as stack, plain_in, blob_out:
                 inflater = None
                 async for chunk in blob_out:
                     if inflater is None:
                         compression = detect_compression(chunk[:4])
                         inflater = layer_inflater(compression)
+                        stack.callback(inflater.close)
                     decoded = inflater.feed(chunk)
                     while plains := await trio.to_thread.run_sync(_some, decoded):
                         await plain_in.send(plains)

@@ -40,9 +40,12 @@ class LayerInflater(Protocol):
     def finish(self) -> Iterator[bytes]:
         """Call once at the end of the blob; raises ImageError if it is cut short."""
 
+    def close(self) -> None:
+        """Call at last, whatever happened; again if you like. May take milliseconds."""
+
 
 def layer_inflater(compression: Compression) -> LayerInflater:
-    """The inflater for a layer stored that way."""
+    """The inflater for a layer stored that way. Close it."""
     if compression is Compression.GZIP:
         from lazyfs.gzipscan import GzipInflater  # a daemon needs none of it, and would start 12 ms later
 
@@ -62,6 +65,9 @@ class PlainInflater:
 
     def finish(self) -> Iterator[bytes]:
         yield from ()
+
+    def close(self) -> None:
+        pass
 
 
 class ZstdInflater:
@@ -104,6 +110,9 @@ class ZstdInflater:
         if self.points and self.points[-1].tar == self._tar_bytes:
             self.points.pop()  # nothing but skippable frames behind the last data
         yield from ()
+
+    def close(self) -> None:
+        pass
 
 
 class SpanDecoder:

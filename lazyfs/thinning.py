@@ -63,12 +63,15 @@ class Thinner:
         """As `thin`, some time later."""
         return self._pool.submit(self._thin, shift, window, behind)
 
-    def close(self, *, wait: bool) -> None:
-        """Drops what is not done yet, and ends the process. May be called twice."""
+    def close(self) -> None:
+        """Drops what is not done yet, and ends thread and process, which takes milliseconds. May be called twice.
+
+        Not for finalizers: one may run while its thread holds a lock of concurrent.futures.
+        """
         if not self._closing:
             self._closing = True
             self._pool.submit(self._end)
-        self._pool.shutdown(wait=wait)
+        self._pool.shutdown(wait=True)
 
     def _thin(self, shift: int, window: bytes, behind: bytes) -> bytes:
         if self._closing:

@@ -42,8 +42,11 @@ def text(size_bytes: int, seed: int = 1) -> bytes:
 
 def scan(blob: bytes, chunk_bytes: int = CHUNK_BYTES) -> tuple[GzipInflater, bytes]:
     inflater = GzipInflater()
-    out = [raw for at in range(0, len(blob), chunk_bytes) for raw in inflater.feed(blob[at : at + chunk_bytes])]
-    out += inflater.finish()
+    try:
+        out = [raw for at in range(0, len(blob), chunk_bytes) for raw in inflater.feed(blob[at : at + chunk_bytes])]
+        out += inflater.finish()
+    finally:
+        inflater.close()
     return inflater, b"".join(out)
 
 
