@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ PROGRAM = Path(sys.executable).with_name("lazyfs")
 # A daemon ends by itself some seconds after its last mount is gone.
 DAEMON_END_DEADLINE_S = 20.0
 SOUND_DEADLINE_S = 60.0
+DAEMON_LINGER_S = 60
+DAEMON_REST_S = 4.0  # it imports what its first mount needs when it has been idle for two seconds
 
 
 class Lazyfs:
@@ -46,6 +49,19 @@ class Lazyfs:
             yield target
         finally:
             self.umount(target)
+
+    @contextlib.contextmanager
+    def daemon(self) -> Iterator[None]:
+        """With the cache's daemon running, as a service manager runs it, and at rest."""
+        command = [str(PROGRAM), "daemon", "--cache", str(self.cache), "--linger", str(DAEMON_LINGER_S)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            time.sleep(DAEMON_REST_S)
+            run(PROGRAM, "daemon", "--ping", "--cache", self.cache)
+            yield
+        finally:
+            process.terminate()
+            process.wait(DAEMON_END_DEADLINE_S)
 
     def umount(self, target: Path) -> None:
         run(PROGRAM, "umount", target)

@@ -41,6 +41,14 @@ def timed(*command: str | Path, env: dict[str, str] | None = None) -> float:
     return time.perf_counter() - started
 
 
+def settle_disk(drop: bool) -> None:
+    """Write back what is dirty, so that no sample pays for the one before it; with `drop`, forget all else, too."""
+    if drop:
+        drop_page_cache()
+    else:
+        os.sync()
+
+
 def drop_page_cache() -> None:
     """Write back and forget all clean pages, dentries and inodes (proc(5), drop_caches)."""
     os.sync()

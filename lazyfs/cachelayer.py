@@ -26,6 +26,9 @@ import xxhash
 from lazyfs.core.blocks import PAGE_BYTES, BlockTable, page_align
 from lazyfs.errors import HostError, ImageError
 
+# Of which `settle` compares at a time: 50 ms of one core.
+SETTLE_BYTES = 64 << 20
+
 
 def _mark(data: bytes | memoryview) -> int:
     """The presence mark of a block's content; never 0, which means absent."""
@@ -93,6 +96,8 @@ class CachedLayer:
         # One byte a block: whether this process has seen that data and mark agree.
         self._checked = bytearray(self.table.count)
         self._complete_to = 0
+        self._settled_to = 0  # blocks before this agreed with their marks, with the data file in _settling_state
+        self._settling_state = b""
 
     def _open(self) -> _Held:
         held = self._held
@@ -218,29 +223,41 @@ class CachedLayer:
         return damaged
 
     def settle(self) -> bool:
-        """Makes the layer sound, if that takes no more than to look at what is in memory, and to wait for the disk.
+        """Goes on making the layer sound, by a piece of SETTLE_BYTES at a time; True when it is, and that is noted.
 
-        True: every block is here, agrees with its mark, and is on disk. That is noted, for `is_sound`. False:
-        something is missing, damaged, or would have to be read from the disk. HostError: the disk fails.
+        All blocks are compared with their marks, as far as they lie in memory, while nobody writes to the data; then it
+        is synced to disk. False: not yet, or something is missing, damaged, or would have to be read from the disk.
+        HostError: the disk fails.
         """
         held = self._open()
+        state = _state(held.data_fd)
+        if state != self._settling_state:
+            self._settling_state, self._settled_to = state, 0
         if not self.is_complete():
             return False
-        while (block := self._checked.find(0)) >= 0:
-            data = _pread_from_memory(held.data_fd, self.table.lengths[block], self.table.addresses[block])
-            if data is None or not self._check(held, block, data, self.table.addresses[block]):
+        left_bytes = SETTLE_BYTES
+        while self._settled_to < self.table.count:
+            address, length = self.table.addresses[self._settled_to], self.table.lengths[self._settled_to]
+            data = _pread_from_memory(held.data_fd, length, address) if left_bytes > 0 else None
+            if data is None or not self._check(held, self._settled_to, data, address):
                 return False
-            self._zero_gaps(held, block)
+            if self._zero_gaps(held, self._settled_to):
+                return False  # the state is another one now
+            self._settled_to += 1
+            left_bytes -= length
         try:
             os.fdatasync(held.data_fd)
+            if _state(held.data_fd) != state:
+                return False
             with open(os.path.join(self.path, "sound"), "wb") as file:
-                file.write(_soundness(held.data_fd))
+                file.write(state)
         except OSError as error:
             raise HostError(f"cannot write to the block cache: {error.strerror}", "check the disk") from None
         return True
 
     def is_sound(self) -> bool:
-        """Whether `settle` succeeded since this machine was started, and nobody wrote to the data since.
+        """Whether `settle` succeeded since this machine was started, nobody wrote to the data since, and no mark was
+        taken back.
 
         Then the kernel may read the data file by itself: nothing more would be checked on the way.
         """
@@ -249,7 +266,7 @@ class CachedLayer:
             return False
         try:
             with open(os.path.join(self.path, "sound"), "rb") as file:
-                return file.read(256) == _soundness(held.data_fd)
+                return file.read(256) == _state(held.data_fd)
         except OSError:
             return False
 
@@ -319,7 +336,7 @@ def _boot_id() -> bytes:
         return file.read().strip()
 
 
-def _soundness(data_fd: int) -> bytes:
+def _state(data_fd: int) -> bytes:
     """What `sound` says: this start of the machine, and the data file's last change."""
     status = os.fstat(data_fd)
     return b"%s %d %d\n" % (_boot_id(), status.st_mtime_ns, status.st_ctime_ns)

@@ -47,6 +47,7 @@ from lazyfs.mountinfo import MountEntry, mounts
 from lazyfs.resolve import ImageOptions, NeedsIndexError
 from lazyfs.revival import Awake, Sleeper
 from lazyfs.roots import Released, Remembered, Root, hold_name, is_shown, load_state, root_entry, save_state
+from lazyfs.source import preload
 
 log = logging.getLogger("lazyfs.daemon")
 
@@ -431,7 +432,7 @@ async def run(cache_path: str, runtime: str, linger_s: float) -> int:
         await daemon.restore()
         server = DeviceServer(link.fuse_fd, daemon, link.mount_fd, log=log.error)
         nursery.start_soon(_until_signalled, daemon)
-        nursery.start_soon(_finish_start)
+        nursery.start_soon(_finish_start, daemon)
         nursery.start_soon(_end, daemon, server)
         if link.listen_fd is not None:
             nursery.start_soon(serve, socket.socket(fileno=os.dup(link.listen_fd)), daemon.handle)
@@ -455,8 +456,11 @@ async def _end(daemon: Daemon, server: DeviceServer) -> None:
     await server.drain(_DRAIN_S)
 
 
-async def _finish_start() -> None:
+async def _finish_start(daemon: Daemon) -> None:
+    """A daemon that a service manager started has time now, which its first mount will not have."""
     await trio.sleep(_START_S)
+    if not daemon.roots:
+        await trio.to_thread.run_sync(preload)
     quickstart.finish()
 
 

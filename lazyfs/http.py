@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import http.cookiejar
 import logging
-import random
 import socket
 import ssl
 import urllib.parse
@@ -29,7 +28,7 @@ import trio
 
 from lazyfs.concurrency import Slots
 from lazyfs.errors import HostError, RemoteError
-from lazyfs.transfer import TransferCounters
+from lazyfs.transfer import RetryPolicy, TransferCounters
 from lazyfs.urls import is_link_local, is_loopback, origin, redact, retry_after_s
 
 MAX_REDIRECTS = 5  # registry -> blob store is one hop; proxies add one or two
@@ -52,17 +51,16 @@ for _name in ("httpx", "httpcore"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Exponential back-off with full jitter: attempt n waits a random time up to min(cap, base * 2^n)."""
+def preload() -> None:
+    """Imports what the first request would import: a tenth of a second for a daemon that has nothing else to do."""
+    _transport(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), httpx.Limits(), None)
 
-    attempts: int = 5
-    base_s: float = 0.2
-    cap_s: float = 5.0
 
-    def delay_s(self, attempt: int) -> float:
-        """How long to wait after failed attempt number `attempt` (from 1), in seconds."""
-        return random.uniform(0, min(self.cap_s, self.base_s * 2**attempt))
+def _transport(context: ssl.SSLContext, limits: httpx.Limits, proxy: str | None) -> httpx.AsyncHTTPTransport:
+    from httpcore._async import http11  # httpx imports httpcore as late as this, too
+
+    http11.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
+    return httpx.AsyncHTTPTransport(verify=context, limits=limits, proxy=proxy, trust_env=False)
 
 
 @dataclass(frozen=True)
@@ -429,10 +427,7 @@ class _Transports(httpx.AsyncBaseTransport):
             context = await trio.to_thread.run_sync(self._tls_context, files)
         else:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, trusts nothing, costs nothing
-        from httpcore._async import http11  # httpx imports httpcore as late as this, too
-
-        http11.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
-        return httpx.AsyncHTTPTransport(verify=context, limits=self._limits, proxy=proxy, trust_env=False)
+        return _transport(context, self._limits, proxy)
 
     def _host_files(self, authority: str) -> tuple[str, ...]:
         """The *.crt, *.cert and *.key files for this host[:port], looked for once."""

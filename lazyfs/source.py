@@ -73,6 +73,13 @@ def open_source(reference: Reference, options: SourceOptions, http: HttpClient |
     return WebLayout(reference, http)
 
 
+def preload() -> None:
+    """Imports what sources on the network need, for a process that waits for its first one."""
+    from lazyfs import http, registry  # noqa: F401
+
+    http.preload()
+
+
 def _client(options: SourceOptions) -> HttpClient:
     from lazyfs.http import HttpClient
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,19 @@ class TransferCounters:
     requests: int = 0
     bytes_fetched: int = 0
     retries: int = 0
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential back-off with full jitter: attempt n waits a random time up to min(cap, base * 2^n)."""
+
+    attempts: int = 5
+    base_s: float = 0.2
+    cap_s: float = 5.0
+
+    def delay_s(self, attempt: int) -> float:
+        """How long to wait after failed attempt number `attempt` (from 1), in seconds."""
+        return random.uniform(0, min(self.cap_s, self.base_s * 2**attempt))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 import trio
 
 from lazyfs.core.reference import RegistryReference, parse_reference
-from lazyfs.http import HttpClient, RetryPolicy
+from lazyfs.http import HttpClient
 from lazyfs.registry import Registry
+from lazyfs.transfer import RetryPolicy
 
 DEADLINE_S = 30.0
 FAST = RetryPolicy(attempts=5, base_s=0.0)

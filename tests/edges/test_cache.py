@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lazyfs import cachelayer
 from lazyfs.cache import BlockCache, exclusive
 from lazyfs.core.blocks import BLOCK_BYTES
 from lazyfs.errors import HostError, ImageError
@@ -410,10 +411,45 @@ def test_settling_finds_damage(store: BlockCache) -> None:
         data.write(b"rubbish in the padding")
         data.seek(LAYER.blocks.addresses[2])
         data.write(b"damage")
+    assert not layer.settle() and layer.has(2)  # the padding was mended: again from the start
     assert not layer.settle() and not layer.has(2) and not layer.is_sound()
     LAYER.fill(layer, range(2, 3))
     assert layer.settle() and layer.is_sound()
     assert Path(entry(store, LAYER, "data")).read_bytes() == LAYER.device
+    layer.close()
+
+
+def test_settling_compares_what_was_read_before(store: BlockCache) -> None:
+    """Damage to a block that was right when it was first read must not be sealed."""
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    LAYER.fill(layer)
+    assert layer.read(0, len(LAYER.device)) == LAYER.device
+    with open(entry(store, LAYER, "data"), "r+b") as data:
+        data.seek(LAYER.blocks.addresses[3])
+        data.write(b"damage")
+    assert not layer.settle() and not layer.has(3) and not layer.is_sound()
+    layer.close()
+
+
+def test_settling_goes_by_pieces(store: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cachelayer, "SETTLE_BYTES", BLOCK_BYTES)
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    LAYER.fill(layer)
+    tries = [layer.settle() for _ in range(LAYER.blocks.count + 1)]
+    assert 2 < tries.index(True) < LAYER.blocks.count and not any(tries[: tries.index(True)])
+    layer.close()
+
+
+def test_settling_begins_anew_when_somebody_writes(store: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cachelayer, "SETTLE_BYTES", BLOCK_BYTES)
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    LAYER.fill(layer)
+    assert not layer.settle()
+    with open(entry(store, LAYER, "data"), "r+b") as data:
+        data.seek(LAYER.blocks.addresses[0])
+        data.write(b"!" if LAYER.device[:1] != b"!" else b"?")  # the first block was compared already
+    tries = [layer.settle() for _ in range(2 * LAYER.blocks.count)]
+    assert not any(tries) and not layer.has(0)
     layer.close()
 
 

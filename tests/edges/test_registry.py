@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from lazyfs.core import oci
 from lazyfs.core.oci import Descriptor, Manifest
 from lazyfs.core.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, RemoteError
-from lazyfs.http import HttpClient, RetryPolicy
+from lazyfs.http import HttpClient
 from lazyfs.registryauth import Authorizer
 from lazyfs.source import SourceOptions, open_source
+from lazyfs.transfer import RetryPolicy
+from tests.conftest import ROOT
 from tests.edges.sources import BLOB, DEADLINE_S, login, open_registry, read_stream
 from tests.servers import FaultProxy, RegistryServer, Rule, StaticServer, TokenServer, sha256_digest
 
@@ -295,3 +299,34 @@ async def test_no_plain_http_beyond_this_host() -> None:
     with trio.fail_after(DEADLINE_S), pytest.raises(RemoteError, match="plain http"):
         await client.send("GET", "http://192.0.2.1/v2/?token=SECRET")
     await client.aclose()
+
+
+def test_preloading_leaves_nothing_to_import(tmp_path: Path) -> None:
+    """A daemon at rest has imported all that its first mount from a registry will need."""
+    code = """
+import sys
+import trio
+from lazyfs import source
+from lazyfs.core.reference import parse_reference
+from lazyfs.errors import RemoteError
+
+source.preload()
+before = set(sys.modules)
+
+async def ask():
+    opened = source.open_source(parse_reference(sys.argv[1]), source.SourceOptions())
+    print((await opened.manifest("latest"))[1])
+    await opened.aclose()
+
+try:
+    trio.run(ask)
+except RemoteError as error:
+    print(error.status)
+print(*sorted(set(sys.modules) - before))
+"""
+    with RegistryServer(tmp_path) as server:
+        words = [sys.executable, "-c", code, f"{server.host}/none:latest"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    status, loaded = done.stdout.split("\n")[:2]
+    assert status == "404"
+    assert not [name for name in loaded.split() if name.split(".")[0] in ("lazyfs", "httpx", "httpcore", "h11", "trio")]

@@ -9,7 +9,8 @@ import trio
 
 from lazyfs import download
 from lazyfs.errors import ImageError, RemoteError
-from lazyfs.http import HttpClient, RetryPolicy
+from lazyfs.http import HttpClient
+from lazyfs.transfer import RetryPolicy
 from lazyfs.urls import origin, redact, retry_after_s
 from tests.edges.sources import BLOB, DEADLINE_S, FAST, open_registry, read_stream
 from tests.servers import FaultProxy, RegistryServer, Rule, sha256_digest
