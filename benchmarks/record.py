@@ -99,7 +99,8 @@ def plot(path: Path, results: Sequence[Result]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    keys = list(dict.fromkeys(r.key for r in results if not r.informative))[::-1]
+    judged = {r.key for r in results if not r.informative}
+    keys = [key for key in dict.fromkeys(r.key for r in results) if key in judged][::-1]
     titles = {r.key: r.title.replace("`", "") for r in results}
     figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(keys) + 1.4))
     colours = {"kernel": "tab:blue", "fuse": "tab:orange"}
@@ -110,7 +111,8 @@ def plot(path: Path, results: Sequence[Result]) -> None:
         axes.barh([p for p, _ in places], parts, height=0.38, color=colours[backend], label=backend)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(keys)), [titles[k] for k in keys])
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("measured / goal (left of 1: met)")
     axes.legend(loc="best")
     figure.tight_layout()
