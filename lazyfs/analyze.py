@@ -159,7 +159,7 @@ def _end_daemon(cache_path: str) -> None:
     with contextlib.suppress(LazyfsError):
         control.ask_once(socket_path, {"op": "stop"}, _DAEMON_END_S)
     deadline_s = time.monotonic() + _DAEMON_END_S
-    while (os.path.exists(socket_path) or paths.fuse_sockets(runtime)) and time.monotonic() < deadline_s:
+    while any(map(os.path.exists, (socket_path, *paths.fuse_sockets(runtime)))) and time.monotonic() < deadline_s:
         time.sleep(0.02)
     shutil.rmtree(runtime, ignore_errors=True)
 

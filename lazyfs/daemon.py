@@ -306,6 +306,10 @@ class Daemon:
     def _save(self) -> None:
         save_state(self.link, list(self.roots.values()), list(self._released.values()))
 
+    def is_idle(self) -> bool:
+        """Nothing is mounted, and nobody asks for anything."""
+        return not self.roots and not self._clients
+
     def end(self, status: int) -> None:
         """The worker shall end with this exit status; `_end` sees to it."""
         if not self.ending.is_set():
@@ -326,7 +330,7 @@ class Daemon:
                 for root in self.roots.values():
                     self._widen_read_ahead(root)
                 now = trio.current_time()
-                idle_since = None if self.roots or self._clients else idle_since or now
+                idle_since = (idle_since or now) if self.is_idle() else None
                 if idle_since is not None and now - idle_since >= self._linger_s:
                     self.end(EXIT_ENDED)
                     return
@@ -459,8 +463,8 @@ async def _end(daemon: Daemon, server: DeviceServer) -> None:
 async def _finish_start(daemon: Daemon) -> None:
     """A daemon that a service manager started has time now, which its first mount will not have."""
     await trio.sleep(_START_S)
-    if not daemon.roots:
-        await trio.to_thread.run_sync(preload)
+    if daemon.is_idle():
+        preload()  # in this thread, which imports it otherwise: two at once may see modules that are not whole yet
     quickstart.finish()
 
 

@@ -223,7 +223,7 @@ def _references(stream: ZStream, shift: int, window: bytes, behind: bytes) -> in
     """How many of the next _JUDGED_BYTES depend on the window; all of them if that cannot be told."""
     if not behind:  # the boundary is where the chunk ends
         return _JUDGED_BYTES
-    entered = deflate.enter_at(shift, behind[0]) + behind[1:]
+    entered = deflate.entered(shift, behind)
     try:
         plain, complete = stream.decode(entered, window, _JUDGED_BYTES)
         if not complete:

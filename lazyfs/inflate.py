@@ -168,7 +168,7 @@ class SpanDecoder:
             if not data:
                 return
             self._entered = True
-            data = deflate.enter_at(self._shift, data[0]) + data[1:]
+            data = deflate.entered(self._shift, data)
         if self._first_member and not self._inflater.eof:
             yield from self._inflate(data)
             data = self._rest

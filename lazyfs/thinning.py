@@ -35,7 +35,7 @@ def thin(stream: ZStream, shift: int, window: bytes, behind: bytes) -> bytes:
     """The window without the bytes that `behind` (the blob from the entry point on) does not refer to."""
     if not behind:
         return window
-    entered = deflate.enter_at(shift, behind[0]) + behind[1:]
+    entered = deflate.entered(shift, behind)
     try:
         plain, complete = stream.decode(entered, window, WINDOW_BYTES)
         if not complete:

@@ -56,14 +56,15 @@ def _prefix(shift: int) -> tuple[bytes, int]:
 _PREFIXES = tuple(_prefix(shift) for shift in range(8))
 
 
-def enter_at(shift: int, first_byte: int) -> bytes:
-    """What to feed a raw inflater in place of the first byte, whose `shift` low bits belong to the block
-    before.
+def entered(shift: int, stream: bytes) -> bytes:
+    """What to feed a raw inflater for a stream that begins in its first byte, whose `shift` low bits belong to the
+    block before.
 
-    `shift` is 0..7. The bytes decode to nothing and leave the decoder at bit `shift` of `first_byte`.
+    `shift` is 0..7, `stream` not empty. What is put before the first byte's other bits decodes to nothing and leaves
+    the decoder there.
     """
     whole, low_bits = _PREFIXES[shift]
-    return whole + bytes([low_bits | (first_byte & (0xFF << shift) & 0xFF)])
+    return whole + bytes([low_bits | (stream[0] & (0xFF << shift) & 0xFF)]) + stream[1:]
 
 
 @functools.cache

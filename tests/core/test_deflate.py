@@ -22,7 +22,7 @@ def test_prefix_decodes_to_nothing_and_stops_at_the_bit(shift: int) -> None:
     tail = stored if shift <= 5 else bytes([second]) + stored
     garbage = (1 << shift) - 1  # bits of the block before
     for decode in (zlib.decompressobj(-15), zlib.decompressobj(-15)):
-        data = deflate.enter_at(shift, first | garbage) + tail
+        data = deflate.entered(shift, bytes([first | garbage]) + tail)
         assert decode.decompress(data) == b"hello"
         assert decode.eof
 

@@ -102,27 +102,27 @@ def host(lazyfs: Lazyfs, directory: Path, backend: str) -> Iterator[Host]:
 
 @contextlib.contextmanager
 def foreground_daemon(cache: Path, linger_s: float = LINGER_S) -> Iterator[subprocess.Popen[bytes]]:
-    """`lazyfs daemon`, as a service manager runs it; listens when this returns."""
+    """`lazyfs daemon`, as a service manager runs it; when this returns it listens, and its worker has started."""
     leaks.watch(cache)
     command = [sys.executable, "-m", "lazyfs.cli", "daemon", "--cache", str(cache), "--linger", str(linger_s)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, cwd=ROOT)
     try:
         socket = leaks.RUNTIME_ROOT / paths.key_of(str(cache)) / paths.SOCKET_NAME
-        wait_until(socket.exists)
+        wait_until(lambda: socket.exists() and bool(processes(cache, b"lazyfs.daemon")))
         yield process
     finally:
         process.terminate()
         process.wait(DEADLINE_S)
 
 
-def processes(cache: Path) -> list[int]:
-    """Keeper, daemon and fusemount processes of a cache."""
+def processes(cache: Path, module: bytes = b"lazyfs.") -> list[int]:
+    """Keeper, daemon and fusemount processes of a cache, or those of one module."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            if os.fsencode(cache) in words and any(word.startswith(b"lazyfs.") for word in words):
+            if os.fsencode(cache) in words and any(word.startswith(module) for word in words):
                 found.append(int(entry.name))
     return sorted(found)
 
