@@ -1,7 +1,7 @@
 """`lazyfs analyze IMAGE [-- CMD]`: where the data lies, what a start reads, and what the cache has already.
 
 A start is measured by a container with a cache of its own, empty but for the index, so what it fetches is what it
-needs. Nothing of the image's is kept.
+needs. None of the image's data is kept.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _start(cache: BlockCache, manifest_digest: str, args: argparse.Namespace) ->
             code = containers.run(parser.parse_args(words), roots)
         seconds = time.monotonic() - started_s
         if not roots.counters:
-            raise HostError("the daemon did not say what the container read", "see its log: lazyfs ls")
+            raise HostError("the daemon did not say what the container read", "it may have died: try again")
     return code, {
         "command": list(args.command),
         "exit_code": code,

@@ -26,7 +26,7 @@ import xxhash
 from lazyfs.core.blocks import PAGE_BYTES, BlockTable, page_align
 from lazyfs.errors import HostError, ImageError
 
-# Of which `settle` compares at a time: 50 ms of one core.
+# Of which `settle` compares at a time: once a second it takes little from whoever reads.
 SETTLE_BYTES = 64 << 20
 
 

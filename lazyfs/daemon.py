@@ -464,7 +464,10 @@ async def _finish_start(daemon: Daemon) -> None:
     """A daemon that a service manager started has time now, which its first mount will not have."""
     await trio.sleep(_START_S)
     if daemon.is_idle():
-        preload()  # in this thread, which imports it otherwise: two at once may see modules that are not whole yet
+        try:
+            preload()  # in this thread, which imports it otherwise: two at once may see modules that are not whole yet
+        except ImportError as error:  # whoever needs it will hear of it; others are served
+            log.error("the HTTP client cannot be loaded: %s", error)
     quickstart.finish()
 
 

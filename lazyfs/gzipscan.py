@@ -132,7 +132,7 @@ class GzipInflater:
             self._members += 1
         elif step.boundary is not None:
             self._note_block(chunk, at, step.boundary)
-        stuck = not (step.taken_bytes or step.given_bytes)  # it needs more of the blob
+        stuck = not (step.taken_bytes or step.given_bytes or step.ended)  # it needs more of the blob
         return at, not stuck and (at < len(chunk) or self._end == len(self._out) or self._member_ended)
 
     def _note_block(self, chunk: bytes, at: int, unused_bits: int) -> None:

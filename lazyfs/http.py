@@ -52,7 +52,7 @@ for _name in ("httpx", "httpcore"):
 
 
 def preload() -> None:
-    """Imports what the first request would import: a tenth of a second for a daemon that has nothing else to do."""
+    """Imports what the first request would import, for a daemon that has nothing else to do."""
     _transport(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), httpx.Limits(), None)
 
 

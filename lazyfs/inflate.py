@@ -47,7 +47,7 @@ class LayerInflater(Protocol):
 def layer_inflater(compression: Compression) -> LayerInflater:
     """The inflater for a layer stored that way. Close it."""
     if compression is Compression.GZIP:
-        from lazyfs.gzipscan import GzipInflater  # a daemon needs none of it, and would start 12 ms later
+        from lazyfs.gzipscan import GzipInflater  # a daemon needs none of it
 
         return GzipInflater()
     return ZstdInflater() if compression is Compression.ZSTD else PlainInflater()

@@ -4,17 +4,19 @@ For a large layer in a process of its own: most of this work is Python, and woul
 a layer of 309 MB, medians of 7 in turn: 101 MB/s of tar with the process, 90 with a thread.
 
 The process reads jobs and writes the windows that come of them. It ends with its input, so a parent that is killed
-leaves nothing behind; if it is killed itself, the work goes on in the parent.
+leaves nothing behind; if it is killed or stopped itself, the work goes on in the parent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import struct
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO
 
@@ -25,10 +27,11 @@ from lazyfs.zstream import DeflateError, ZStream
 
 # Of the blob behind an entry point: enough to decode 32 KiB, but for freak streams (then the window stays whole).
 PROBE_BYTES = 128 * 1024
-# From so many windows on (a layer of some 10 MB) the 60 ms that a process takes to start are worth it.
+# From so many windows on (a layer of some 10 MB) a process is worth its start.
 _PROCESS_FROM = 16
 _JOB = struct.Struct("=BII")  # shift, length of the window, length of the blob behind
-_PIPE_BYTES = 256 * 1024
+_PIPE_BYTES = 256 * 1024  # a job fits in
+_ANSWER_S = 10.0  # a window takes milliseconds; who is that late was stopped
 
 
 def thin(stream: ZStream, shift: int, window: bytes, behind: bytes) -> bytes:
@@ -110,16 +113,24 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _ask(process: subprocess.Popen[bytes], shift: int, window: bytes, behind: bytes) -> bytes:
-    """Raises OSError: it has died."""
+    """Raises OSError: it has died, or does not answer in time."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(_JOB.pack(shift, len(window), len(behind)))
     process.stdin.write(window)
     process.stdin.write(behind)
     process.stdin.flush()
-    answer = process.stdout.read(len(window))
-    if len(answer) != len(window):
-        raise BrokenPipeError
-    return answer
+    answer = bytearray()
+    answers = select.poll()
+    answers.register(process.stdout, select.POLLIN)
+    deadline_s = time.monotonic() + _ANSWER_S
+    while len(answer) < len(window):
+        if not answers.poll(max(0, deadline_s - time.monotonic()) * 1000):
+            raise TimeoutError
+        piece = os.read(process.stdout.fileno(), len(window) - len(answer))
+        if not piece:
+            raise BrokenPipeError
+        answer += piece
+    return bytes(answer)
 
 
 def _serve(jobs: IO[bytes], windows: IO[bytes]) -> None:

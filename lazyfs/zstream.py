@@ -51,6 +51,10 @@ class _Library:
 
     def __init__(self, path: str, prefix: str, stream: type[_Stream | _NgStream]) -> None:
         functions = ctypes.CDLL(path)  # not PyDLL: others run while it decodes
+        version = getattr(functions, "zlibng_version" if prefix else "zlibVersion")
+        version.restype = ctypes.c_char_p
+        if not version().startswith(b"2." if prefix else b"1."):  # of which we know the structures
+            raise OSError(f"an unknown version of {path}")
         self.stream = stream
         self.init = getattr(functions, prefix + ("inflateInit2" if prefix else "inflateInit2_"))
         self.init_arguments = () if prefix else (b"1.2.11", ctypes.c_int(ctypes.sizeof(stream)))

@@ -62,8 +62,7 @@ def feed_rest(inflater: GzipInflater, blob: bytes) -> None:
 def test_a_process_gives_the_same_windows(layer: tuple[bytes, bytes], by_thread: list[bytes]) -> None:
     plain, blob = layer
     inflater = feed_half(blob)
-    while not inflater._windows[thinning._PROCESS_FROM].done():
-        pass
+    inflater._windows[thinning._PROCESS_FROM].result(timeout=30)
     assert len(children()) == 1
     feed_rest(inflater, blob)
     assert not children()
@@ -73,10 +72,22 @@ def test_a_process_gives_the_same_windows(layer: tuple[bytes, bytes], by_thread:
 
 def test_a_killed_process_changes_nothing(layer: tuple[bytes, bytes], by_thread: list[bytes]) -> None:
     inflater = feed_half(layer[1])
-    while not inflater._windows[thinning._PROCESS_FROM].done():
-        pass
+    inflater._windows[thinning._PROCESS_FROM].result(timeout=30)
     (process,) = children()
     os.kill(process, signal.SIGKILL)
+    feed_rest(inflater, layer[1])
+    assert not children()
+    assert inflater.window_groups == by_thread
+
+
+def test_a_stopped_process_is_not_waited_for(
+    layer: tuple[bytes, bytes], by_thread: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thinning, "_ANSWER_S", 0.5)
+    inflater = feed_half(layer[1])
+    inflater._windows[thinning._PROCESS_FROM].result(timeout=30)
+    (process,) = children()
+    os.kill(process, signal.SIGSTOP)
     feed_rest(inflater, layer[1])
     assert not children()
     assert inflater.window_groups == by_thread
@@ -92,8 +103,7 @@ def test_no_process_can_be_started(
 
 def test_a_pass_that_is_given_up_leaves_no_process(layer: tuple[bytes, bytes]) -> None:
     inflater = feed_half(layer[1])
-    while not inflater._windows[thinning._PROCESS_FROM].done():
-        pass
+    inflater._windows[thinning._PROCESS_FROM].result(timeout=30)
     assert len(children()) == 1
     inflater.close()
     inflater.close()

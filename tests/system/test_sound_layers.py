@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests import images
+from tests.servers import RegistryServer
 from tests.system import trees
+from tests.system.conftest import Pushed
 from tests.system.mounting import Host, processes, wait_for_exit, wait_until
 
 
@@ -48,10 +50,15 @@ def test_the_next_mount_needs_no_daemon(kernel_host: Host, layouts: dict[str, Pa
     assert trees.differences(target, expected) == []
 
 
-def test_an_image_that_was_read_in_part_is_not_sound(kernel_host: Host) -> None:
-    image = f"oci:{images.busybox()}:gzip"
+def test_an_image_that_was_read_in_part_is_not_sound(
+    kernel_host: Host, pushed: Pushed, registry: RegistryServer
+) -> None:
+    """With an index, so that the first mount does not bring all of it."""
+    image = f"{registry.host}/{pushed('busybox', 'gzip', True)}"
     target = kernel_host.mount(image)
     (target / "etc/passwd").read_bytes()
+    stats = kernel_host.json("stats", target)
+    assert 0 < stats["blocks_present"] < stats["blocks_total"]
     kernel_host.forget()
     again = kernel_host.mount(image)
     assert directly(kernel_host, again) == (0, 1) and not sound_files(kernel_host)
