@@ -3,6 +3,7 @@
     <cache>/version                     "1"
     <cache>/layers/<content root>/      an entry, see cachelayer.py
     <cache>/indexes/<manifest digest>/  see images.py
+    <cache>/scans/<digest of a blob>/   see scans.py
     <cache>/refs/                       see resolve.py
     <cache>/tmp/                        what is being made, and what was set aside
 """
@@ -33,7 +34,7 @@ class BlockCache:
         self.path = path
         try:
             os.makedirs(path, mode=0o700, exist_ok=True)
-            for name in ("layers", "indexes", "refs", "tmp"):
+            for name in ("layers", "indexes", "scans", "refs", "tmp"):
                 os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
             version = os.path.join(path, "version")
             if not os.path.exists(version):

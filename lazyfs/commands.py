@@ -133,7 +133,7 @@ async def build(
     # default, is too long (measured: 97 against 104 MB/s).
     sys.setswitchinterval(0.0005)
     with LayerBars(None if quiet else sys.stderr) as bars:
-        built = await build_index(resolved, config, cache if fill else None, bars.update)
+        built = await build_index(resolved, config, cache if fill else None, bars.update, cache)
     groups = os.path.join(make_index_directory(cache, resolved.manifest_digest), "groups")
     for offset, group in built.window_groups.items():
         cache.write_atomically(os.path.join(groups, str(offset)), group)

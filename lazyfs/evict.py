@@ -23,10 +23,10 @@ _RUBBISH_AGE_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A layer or the index directory of an image. Times are seconds since the epoch."""
+    """A layer, the index directory of an image, or the scan of a layer. Times are seconds since the epoch."""
 
-    kind: str  # "layer" or "image"
-    name: str  # content root or manifest digest, 64 hex digits
+    kind: str  # "layer", "image" or "scan"
+    name: str  # content root, manifest digest or digest of the layer's blob, 64 hex digits
     path: str
     size_bytes: int  # on disk, holes not counted
     used_at_s: float
@@ -36,7 +36,7 @@ class Entry:
 def entries(cache: BlockCache) -> list[Entry]:
     """Everything in the cache, least recently used first."""
     found = []
-    for kind, folder in (("layer", "layers"), ("image", "indexes")):
+    for kind, folder in (("layer", "layers"), ("image", "indexes"), ("scan", "scans")):
         directory = os.path.join(cache.path, folder)
         for name in os.listdir(directory):
             path = os.path.join(directory, name)
@@ -58,7 +58,7 @@ def remove(cache: BlockCache, entry: Entry) -> bool:
                 return False
             grave = cache.set_aside(entry.path)
     else:
-        grave = cache.set_aside(entry.path)  # it has lost its lock: nobody can use it
+        grave = cache.set_aside(entry.path)  # without a lock it is not in use: a scan, or what has lost its lock
     _delete(grave)
     return not os.path.lexists(entry.path)
 

@@ -23,6 +23,7 @@ from lazyfs.core.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder, pack_
 from lazyfs.core.erofs import Device, write_erofs
 from lazyfs.core.index import LayerRecord, encode_index
 from lazyfs.core.oci import Descriptor, ImageConfig
+from lazyfs.core.scan import LayerScan
 from lazyfs.core.spans import Compression, detect_compression, encode_points
 from lazyfs.core.tar import Kind, TarData, TarEntry, TarReader
 from lazyfs.core.tree import LayerEntry, Node, flatten
@@ -30,6 +31,7 @@ from lazyfs.errors import ImageError
 from lazyfs.fill import LayerFill
 from lazyfs.inflate import layer_inflater
 from lazyfs.resolve import Resolved
+from lazyfs.scans import keep_scan, load_scan
 
 _LAYERS_AT_ONCE = 3
 _CHUNK_BYTES = 1 << 20
@@ -46,17 +48,6 @@ class LayerProgress:
     blob_bytes: int
     done_bytes: int = 0
     tar_bytes: int = 0
-
-
-@dataclass(slots=True)
-class LayerScan:
-    """All that is known of a layer after one pass."""
-
-    record: LayerRecord
-    entries: list[LayerEntry]
-    table: bytes
-    span_records: bytes
-    window_groups: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +137,15 @@ async def build_index(
     config: ImageConfig,
     cache: BlockCache | None,
     on_progress: Callable[[LayerProgress], None] = lambda progress: None,
+    scans: BlockCache | None = None,
 ) -> BuiltIndex:
-    """Streams all layers of an image and returns its index; with `cache`, all blocks are in there afterwards.
+    """Streams the layers of an image and returns its index; with `cache`, their blocks are in there afterwards.
 
-    A layer that occurs twice is read once. Raises ImageError (also when a layer is not the one the config's
-    DiffIDs name) and RemoteError; then nothing is left behind but whole layers in the cache.
+    A layer that occurs twice is read once. With `scans`, a layer that was read for another image is not read again
+    (its blocks are not brought to `cache` then), and what is found out is kept there.
+
+    Raises ImageError (also when a layer is not the one the config's DiffIDs name) and RemoteError; then nothing is
+    left behind but whole layers in the cache, and scans.
     """
     layers = resolved.manifest.layers
     if len(config.diff_ids) != len(layers):
@@ -159,14 +154,24 @@ async def build_index(
     for layer, diff_id in zip(layers, config.diff_ids, strict=True):
         if expected.setdefault(layer.digest, diff_id) != diff_id:
             raise ImageError(f"the image config gives two DiffIDs for layer {layer.digest}")
-    scans: dict[str, LayerScan] = {}
+    found: dict[str, LayerScan] = {}
 
     async def scan(layer: Descriptor) -> None:
-        scans[layer.digest] = await _scan_layer(resolved, layer, expected[layer.digest], cache, on_progress)
+        diff_id = expected[layer.digest]
+        known = None
+        if scans is not None:
+            known = await trio.to_thread.run_sync(load_scan, scans, layer.digest, diff_id)
+        if known is None:
+            known = await _scan_layer(resolved, layer, diff_id, cache, on_progress)
+            if scans is not None:
+                await trio.to_thread.run_sync(keep_scan, scans, known)
+        else:
+            on_progress(LayerProgress(layer.digest, layer.size_bytes, layer.size_bytes, known.record.tar_bytes))
+        found[layer.digest] = known
 
     distinct = {layer.digest: layer for layer in layers}.values()
     await together(*(functools.partial(scan, layer) for layer in distinct), at_most=_LAYERS_AT_ONCE)
-    ordered = [scans[layer.digest] for layer in layers]
+    ordered = [found[layer.digest] for layer in layers]
     return await trio.to_thread.run_sync(_assemble, resolved.manifest_digest, ordered)
 
 

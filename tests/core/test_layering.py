@@ -15,11 +15,11 @@ ORDER = """
 errors process quickstart
 core.reference core.oci
 core.pax core.tar core.tree core.erofsformat core.erofs core.erofsread
-core.deflate core.blocks core.spans core.index core.analysis core.plan
+core.deflate core.blocks core.spans core.sections core.index core.scan core.analysis core.plan
 concurrency linux mountinfo detached host
 zstream thinning gzipscan inflate
 transfer urls credentials http download registryauth registry imagelayout source
-cachelayer cache evict fill assemble resolve windows fetch indexer publish images
+cachelayer cache scans evict fill assemble resolve windows fetch indexer publish images
 fuse.wire fuse.devices fuse.tuning fuse.mounting fuse.root
 report progress options paths control controlserver
 keeperlink keeper roots revival daemon fusecontrol fusemount

@@ -1,0 +1,43 @@
+"""The scans of layers that the cache keeps: what an index needs of a layer, without reading the layer again.
+
+An image that was changed has most of its layers in common with the one before; indexing it reads only the new ones.
+
+    <cache>/scans/<digest of the layer's blob, hex>/scan   see core/scan.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from lazyfs.cache import BlockCache
+from lazyfs.core.scan import LayerScan, decode_scan, encode_scan
+from lazyfs.errors import HostError, ImageError
+
+
+def load_scan(cache: BlockCache, blob_digest: str, diff_id: str) -> LayerScan | None:
+    """The scan of a layer if a whole one is kept, and notes the use; None else: read the layer.
+
+    `diff_id` is what the layer decodes to by the config of the image that it is wanted for.
+    """
+    directory = _directory(cache, blob_digest)
+    try:
+        with open(os.path.join(directory, "scan"), "rb") as file:
+            scan = decode_scan(file.read())
+        os.utime(directory)
+    except (OSError, ImageError):
+        return None
+    known = scan.record
+    return scan if (known.blob_digest, known.diff_id) == (blob_digest, diff_id) else None
+
+
+def keep_scan(cache: BlockCache, scan: LayerScan) -> None:
+    """Keep a scan. It only saves time, so a disk that is full is no error."""
+    directory = _directory(cache, scan.record.blob_digest)
+    with contextlib.suppress(OSError, HostError):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        cache.write_atomically(os.path.join(directory, "scan"), encode_scan(scan))
+
+
+def _directory(cache: BlockCache, blob_digest: str) -> str:
+    return os.path.join(cache.path, "scans", blob_digest.removeprefix("sha256:"))
