@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench hellobench hellobench-quick clean
 
 ## help: list the targets
 help:
@@ -36,10 +36,22 @@ lint: setup
 bench: setup
 	$(PYTHON) -m benchmarks.table $(ARGS)
 
+## hellobench: how soon containers of all workloads are useful, against containerd and umoci (hours; see benchmarks/README.md)
+hellobench: setup
+	$(PYTHON) -m benchmarks.hellobench run --link loopback --link lan --link wan --link home $(ARGS)
+	$(PYTHON) -m benchmarks.hellobench long
+	$(PYTHON) -m benchmarks.hellobench report
+
+## hellobench-quick: the same for six workloads and one sample, in some minutes; writes hellobench-quick/
+hellobench-quick: setup
+	rm -rf hellobench-quick
+	$(PYTHON) -m benchmarks.hellobench run --quick --samples 1 --results hellobench-quick/results.jsonl $(ARGS)
+	$(PYTHON) -m benchmarks.hellobench report --results hellobench-quick/results.jsonl
+
 ## clean: remove the virtual environment, the installed commands and caches
 clean:
 	tools/install-commands --remove
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info hellobench-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps, from the bottom up. /usr/bin/python3 rather than whichever comes first in PATH: the

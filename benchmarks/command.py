@@ -19,7 +19,8 @@ PROGRAM = Path(sys.executable).with_name("lazyfs")
 # A daemon ends by itself some seconds after its last mount is gone.
 DAEMON_END_DEADLINE_S = 20.0
 SOUND_DEADLINE_S = 60.0
-DAEMON_LINGER_S = 60
+DAEMON_LINGER_S = 600
+DAEMON_READY_DEADLINE_S = 20.0
 DAEMON_REST_S = 4.0  # it imports what its first mount needs when it has been idle for two seconds
 
 
@@ -51,17 +52,25 @@ class Lazyfs:
             self.umount(target)
 
     @contextlib.contextmanager
-    def daemon(self) -> Iterator[None]:
-        """With the cache's daemon running, as a service manager runs it, and at rest."""
+    def daemon(self, rest_s: float = DAEMON_REST_S) -> Iterator[None]:
+        """With the cache's daemon running, as a service manager runs it, and at rest after `rest_s` seconds."""
         command = [str(PROGRAM), "daemon", "--cache", str(self.cache), "--linger", str(DAEMON_LINGER_S)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            time.sleep(DAEMON_REST_S)
-            run(PROGRAM, "daemon", "--ping", "--cache", self.cache)
+            self._wait_for_answer(process)
+            time.sleep(rest_s)
             yield
         finally:
             process.terminate()
             process.wait(DAEMON_END_DEADLINE_S)
+
+    def _wait_for_answer(self, process: subprocess.Popen[bytes]) -> None:
+        ping = [str(PROGRAM), "daemon", "--ping", "--cache", str(self.cache)]
+        deadline = time.monotonic() + DAEMON_READY_DEADLINE_S
+        while subprocess.run(ping, capture_output=True, timeout=DAEMON_READY_DEADLINE_S).returncode != 0:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the daemon did not start")
+            time.sleep(0.05)
 
     def umount(self, target: Path) -> None:
         run(PROGRAM, "umount", target)
@@ -117,10 +126,10 @@ class Lazyfs:
         return total
 
 
-def index(image: str, cache: Path) -> tuple[float, float]:
+def index(image: str, cache: Path, *options: str) -> tuple[float, float]:
     """Builds the index of an image from its registry and attaches it there. Returns the seconds that building
     took, as the command reports them, and those of the whole command. It keeps a copy in `cache`, which should
     not be one that a mount is measured with."""
     started = time.perf_counter()
-    report = json.loads(run(PROGRAM, "index", "-o", f"cache={cache}", image, "--push", "--json"))
+    report = json.loads(run(PROGRAM, "index", "-o", ",".join([f"cache={cache}", *options]), image, "--push", "--json"))
     return float(report["seconds"]), time.perf_counter() - started

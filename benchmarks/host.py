@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 COMMAND_DEADLINE_S = 600.0
 READY_DEADLINE_S = 30.0
 LOOP_BYTES = 8 << 30
+# On a disk, unlike /tmp on many hosts.
+WORK_ROOT, WORK_PREFIX = os.environ.get("LAZYFS_BENCH_DIRECTORY", "/var/tmp"), "lazyfs-bench-"
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
@@ -67,8 +70,11 @@ def work_directory() -> Iterator[Path]:
     """
     # SIGTERM as an exception, so that everything below here is undone then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    directory = Path(tempfile.mkdtemp(prefix="lazyfs-bench-", dir="/var/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=WORK_ROOT))
     directory.chmod(0o711)  # containers of user namespaces pass through
+    # Locked as long as it is in use: others can tell it from what a killed run has left.
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         if file_system(directory) == "ext4":
             yield directory
@@ -81,6 +87,7 @@ def work_directory() -> Iterator[Path]:
             run("mount", "-o", "loop", image, mountpoint)
             yield mountpoint
     finally:
+        os.close(lock)
         unmount_below(directory)
         # --one-file-system: if something could not be unmounted, its files are not ours to delete.
         run("rm", "-rf", "--one-file-system", directory)
@@ -133,17 +140,17 @@ class Containerd:
         unmount_below(self.directory)
 
     def pull(self, reference: str) -> float:
-        """Seconds of a full pull with overlayfs snapshots; what it stored is removed again."""
-        seconds = timed(*self._ctr("image", "pull", "--plain-http", "--snapshotter", "overlayfs", reference))
-        self.remove(reference)
-        return seconds
+        """Seconds of a full pull with overlayfs snapshots."""
+        return timed(*self.ctr("image", "pull", "--plain-http", "--snapshotter", "overlayfs", reference))
 
     def remove(self, reference: str) -> None:
-        run(*self._ctr("image", "rm", "--sync", reference))
+        """Remove an image, and wait until its layers are gone unless another image has them."""
+        run(*self.ctr("image", "rm", "--sync", reference))
 
-    def _ctr(self, *arguments: str) -> Sequence[str]:
+    def ctr(self, *arguments: str) -> Sequence[str]:
+        """The command line of `ctr` for this containerd."""
         return ["ctr", "--address", str(self.socket), *arguments]
 
     def _answers(self) -> bool:
-        result = subprocess.run(self._ctr("version"), capture_output=True, timeout=READY_DEADLINE_S)
+        result = subprocess.run(self.ctr("version"), capture_output=True, timeout=READY_DEADLINE_S)
         return result.returncode == 0

@@ -68,6 +68,7 @@ def mounting(place: Place, backend: str) -> Iterator[Result]:
                     lazyfs.umount(target)
                 host.settle_disk(drop)
                 theirs.append(containerd.pull(reference))
+                containerd.remove(reference)
             return ours, theirs
 
         ours, theirs = pairs(place.indexed)

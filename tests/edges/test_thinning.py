@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import random
@@ -19,9 +20,10 @@ def children() -> set[int]:
     """Thinning processes of this one."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        for word in (task / "children").read_text().split():
-            if b"lazyfs.thinning" in Path(f"/proc/{word}/cmdline").read_bytes():
-                found.add(int(word))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread or a process that has just ended
+            for word in (task / "children").read_text().split():
+                if b"lazyfs.thinning" in Path(f"/proc/{word}/cmdline").read_bytes():
+                    found.add(int(word))
     return found
 
 

@@ -1,0 +1,99 @@
+"""Hosts that mount an image by lazyfs and fetch what is read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.command import PROGRAM, Lazyfs
+from benchmarks.hellobench.runners import Counters, RuncContainer, Runner, unique
+from benchmarks.host import run
+
+
+class LazyRunner(Runner):
+    """The daemon runs, as containerd does; the cache is empty; the image has its index in the registry.
+
+    A pull is a mount. It stays until the host is given up, as a pulled image stays. To create a container is
+    `lazyfs bundle`: it joins the mount, adds a writable overlay and writes the configuration.
+    """
+
+    mode = "lazyfs"
+    indexed = True
+    daemon_rests = True
+
+    def __init__(self, directory: Path, template: Path) -> None:
+        super().__init__(directory, template)
+        self._lazyfs = Lazyfs(directory / "cache")
+        self._mounts: list[Path] = []
+
+    @contextlib.contextmanager
+    def services(self) -> Iterator[None]:
+        with self._lazyfs.daemon(rest_s=0):
+            try:
+                yield
+            finally:
+                for target in reversed(self._mounts):
+                    self._lazyfs.umount(target)
+        self._lazyfs.wait_until_ended()
+
+    def pull(self, reference: str) -> None:
+        target = self.directory / unique("mount")
+        self._lazyfs.mount(reference, target, "insecure")
+        self._mounts.append(target)
+
+    def create(self, reference: str) -> RuncContainer:
+        bundle = self.directory / unique("bundle")
+        run(PROGRAM, "bundle", "-o", self._lazyfs.options("rw", "insecure"), reference, bundle)
+        return RuncContainer(bundle, lambda: self._lazyfs.umount(bundle / "rootfs"))
+
+    def counters(self) -> Counters:
+        stats = [self._lazyfs.stats(target) for target in self._mounts]
+        ticks = sum(cpu_ticks(pid) for pid in self._lazyfs.daemons())
+        return Counters(
+            sum(image["bytes_fetched"] for image in stats),
+            sum(image["requests"] for image in stats),
+            # What is read of a layer that two images share counts for both.
+            stats[0]["bytes_read"] if len(stats) == 1 else None,
+            ticks / os.sysconf("SC_CLK_TCK"),
+            self._lazyfs.memory_bytes(),
+        )
+
+
+class UnindexedLazyRunner(LazyRunner):
+    """The image has no index: the mount streams its layers once and builds the index meanwhile."""
+
+    mode = "lazyfs-noindex"
+    indexed = False
+
+    def counters(self) -> Counters:
+        # The first mount's pass over the layers is not the daemon's.
+        return dataclasses.replace(super().counters(), bytes_fetched=None, requests=None)
+
+
+class SharingLazyRunner(LazyRunner):
+    """The cache has what the start of another image read, whose base is the same."""
+
+    mode = "lazyfs-shared"
+    shares = True
+
+    def warm(self, neighbour: str) -> None:
+        self.pull(neighbour)
+        container = self.create(neighbour)
+        process = container.start()
+        try:
+            assert process.stdout is not None
+            process.stdout.read()
+        finally:
+            container.kill()
+            container.remove()
+
+
+def cpu_ticks(pid: int) -> int:
+    """Clock ticks that a process has run, in user and kernel mode (proc(5), stat, fields 14 and 15); 0 if gone."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
