@@ -214,15 +214,21 @@ class LayerFetcher:
                 if spare is None:
                     return None
                 first_flight = spare
-        first, last = (spans_for_block(self.layer.table, spans, block) for block in (missing[0], missing[-1]))
-        ahead = self._readahead.after(first.start, last.stop)
-        if ahead:  # what goes through a layer in order wants whole spans
-            for number in range(first.start, last.stop):
-                self._aim(spans, number, spans[number].tar_end, spans[number].tar_end)
-        for number in ahead:
-            if number < len(spans) and (spans, number) not in self._flights and self._lacks(spans[number]):
-                self._launch(spans, number, spans[number].tar_end, spans[number].tar_end)
+        start, end = self.layer.table.tar_offsets[missing[0]], self._end_of(missing[-1])
+        self._fetch_ahead(spans, start, end, self._readahead.after(start, end))
         return first_flight
+
+    def _fetch_ahead(self, spans: SpanTable, start: int, end: int, upto: int) -> None:
+        """After a demand of [start, end), whose spans are under way: what lies behind it, up to `upto`."""
+        if upto <= end:
+            return
+        for number in spans.covering(start, min(upto, spans.tar_bytes)):
+            span = spans[number]
+            target = min(upto, span.tar_end)
+            if (spans, number) in self._flights:
+                self._aim(spans, number, target, target)
+            elif self._lacks(max(end, span.tar_start), target):
+                self._launch(spans, number, target, target)
 
     def _end_of(self, block: int) -> int:
         """Where a block ends in the plain layer."""
@@ -233,9 +239,9 @@ class LayerFetcher:
         if number in self._wanted.get(spans, ()):
             self._flights[spans, number].aim(begin, target)
 
-    def _lacks(self, span: Span) -> bool:
-        """Whether a block of the span is absent; one that lies wholly in it stands for all."""
-        blocks = self.layer.table.from_tar(span.tar_start, span.tar_end)
+    def _lacks(self, start: int, end: int) -> bool:
+        """Whether a block of these plain bytes is absent; those that lie wholly in them stand for all."""
+        blocks = self.layer.table.from_tar(start, end)
         return bool(self.layer.missing(blocks[1:-1] or blocks))
 
     def _launch(self, spans: SpanTable, number: int, begin: int, target: int) -> _Flight:

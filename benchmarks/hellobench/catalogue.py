@@ -40,13 +40,14 @@ void _start(void)
 }
 """
 
+# Nothing in /run: ctr mounts an empty tmpfs there.
 POSTGRES_START = """\
 #!/bin/sh
 set -e
 if ! [ -s "$PGDATA/PG_VERSION" ]; then
     initdb --auth=trust --username=postgres
 fi
-exec postgres -c port=21001 -c listen_addresses=127.0.0.1
+exec postgres -c port=21001 -c listen_addresses=127.0.0.1 -c unix_socket_directories=/tmp
 """
 
 MARIADB_START = """\
@@ -62,6 +63,8 @@ MARIADB_SETTINGS = """\
 [mariadbd]
 port = 21002
 bind-address = 127.0.0.1
+socket = /tmp/mysqld.sock
+pid-file = /tmp/mysqld.pid
 skip-name-resolve
 """
 

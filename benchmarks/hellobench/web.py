@@ -56,12 +56,12 @@ RUN echo 'Listen 127.0.0.1:21011' >/etc/apache2/ports.conf \\
     && sed -i 's/\\*:80>/*:21011>/; s,DocumentRoot .*,DocumentRoot /app,' \\
         /etc/apache2/sites-available/000-default.conf \\
     && sed -i 's,<Directory /var/www/>,<Directory /app/>,' /etc/apache2/apache2.conf \\
-    && echo 'ServerName localhost' >/etc/apache2/conf-enabled/name.conf && mkdir -p /var/run/apache2
+    && echo 'ServerName localhost' >/etc/apache2/conf-enabled/name.conf
 LABEL org.opencontainers.image.title=httpd
 EXPOSE 21011
 STOPSIGNAL SIGWINCH
 {application("index.html")}
-{shell(". /etc/apache2/envvars && exec apache2 -D FOREGROUND")}""",
+{shell(". /etc/apache2/envvars && mkdir -p $APACHE_RUN_DIR && exec apache2 -D FOREGROUND")}""",
         files={"index.html": PAGE},
     ),
     Workload(

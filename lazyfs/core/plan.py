@@ -41,30 +41,40 @@ def next_run(wanted: Set[int], spans: SpanTable, first: int, begun: Set[int]) ->
     return range(low, high)
 
 
-# Spans fetched ahead at most: 16 MiB of plain data, what four requests in flight bring.
-_MAX_AHEAD = 16
-# ... and only once this many spans were wanted in a row: a program's start is not a stream.
-_MIN_STREAK = 4
+# Fetched ahead at most, in plain bytes: what four requests in flight bring.
+MAX_AHEAD_BYTES = 16 << 20
+# ... and only once so much was wanted in a row: a program's start is not a stream.
+MIN_STREAK_BYTES = 1 << 20
+# Demand in a row is not quite in order: several readers of one file overtake each other, one asks again after waiting,
+# and what lies between is here already or belongs to another image.
+_JITTER_BYTES = 1 << 20
 
 
 class Readahead:
-    """Recognises demand that goes through a layer in order, and says how far to fetch ahead of it.
+    """Recognises demand that goes through a layer in order, and says how far to fetch ahead of it. All positions
+    are those of plain bytes in the layer's tar.
 
-    The distance grows with the length of the streak, so that what is fetched in vain never exceeds what was
-    wanted before.
+    The distance grows with the length of the streak, so that what is fetched in vain never exceeds half of what was
+    wanted before. It is filled up when half of it is used up, by few large requests instead of many small ones.
     """
 
     def __init__(self) -> None:
-        self._end = -1  # of the demand before
-        self._ahead_end = -1  # of what was fetched ahead of it
-        self._streak = 0
+        self._end = 0  # of the demand so far
+        self._ahead_end = 0  # of what was fetched ahead of it
+        self._streak_bytes = 0
 
-    def after(self, first: int, end: int) -> range:
-        """Spans [first, end) are demanded now; returns the spans to fetch with them."""
-        if self._end - 1 <= first <= self._ahead_end:
-            self._streak += max(0, end - self._end)
+    def after(self, start: int, end: int) -> int:
+        """[start, end) is demanded now; returns the position up to which to fetch, at least `end`."""
+        if self._end - _JITTER_BYTES <= start <= max(self._end, self._ahead_end) + _JITTER_BYTES:
+            self._streak_bytes += max(0, end - max(start, self._end))
+            self._end = max(self._end, end)
         else:
-            self._streak = 0
-        self._end = end
-        self._ahead_end = end + (min(_MAX_AHEAD, self._streak // 2) if self._streak >= _MIN_STREAK else 0)
-        return range(end, self._ahead_end)
+            self._streak_bytes = end - start
+            self._end = self._ahead_end = end
+        if self._streak_bytes < MIN_STREAK_BYTES:
+            return end
+        distance = min(MAX_AHEAD_BYTES, self._streak_bytes // 2)
+        if self._ahead_end - self._end < distance // 2:
+            self._ahead_end = self._end + distance
+            return self._ahead_end
+        return end

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.core.blocks import BlockTable, BlockTableBuilder
-from lazyfs.core.plan import REQUEST_BYTES, Readahead, next_run, spans_for_block
+from lazyfs.core.plan import (
+    MAX_AHEAD_BYTES,
+    MIN_STREAK_BYTES,
+    REQUEST_BYTES,
+    Readahead,
+    next_run,
+    spans_for_block,
+)
 from lazyfs.core.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, SpanTable, encode_points
 
 
@@ -49,20 +56,48 @@ def test_a_block_lies_in_one_span_or_straddles_two() -> None:
     spans = SpanTable(Compression.PLAIN, 1 << 20, 1 << 20)
     assert [spans_for_block(table, spans, block) for block in (0, 1)] == [range(0, 1), range(0, 2)]
 
+def demand(readahead: Readahead, start: int, end: int) -> int:
+    """How many bytes are fetched ahead."""
+    upto = readahead.after(start, end)
+    assert upto >= end
+    return upto - end
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 4)), max_size=60))
-def test_readahead_follows_the_demand_and_never_exceeds_it(demands: list[tuple[int, int]]) -> None:
+
+@given(st.lists(st.tuples(st.integers(-(3 << 20), 3 << 20), st.integers(1, 3 << 20)), max_size=60))
+def test_what_is_fetched_ahead_never_exceeds_half_of_what_was_wanted(steps: list[tuple[int, int]]) -> None:
+    readahead, at, wanted = Readahead(), 1 << 30, 0
+    for gap, size in steps:
+        start = max(0, at + gap)
+        ahead = demand(readahead, start, start + size)
+        wanted += size
+        assert ahead <= min(MAX_AHEAD_BYTES, max(0, wanted // 2 + (1 << 20)))
+        at = start + size
+
+
+def test_a_stream_is_fetched_ahead_of_in_few_large_steps() -> None:
     readahead = Readahead()
-    demanded = 0
-    for first, length in demands:
-        ahead = readahead.after(first, first + length)
-        demanded += length
-        assert ahead.start == first + length
-        assert len(ahead) <= demanded
+    step, size = 128 << 10, 64 << 20
+    distances = [demand(readahead, at, at + step) for at in range(0, size, step)]
+    assert not any(distances[: MIN_STREAK_BYTES // step - 1])
+    requests = [distance for distance in distances if distance]
+    assert len(requests) < 30  # of 512 demands
+    assert requests == sorted(requests)
+    assert requests[-1] == MAX_AHEAD_BYTES
 
 
-def test_readahead_grows_with_a_streak_and_ends_with_it() -> None:
+def test_readers_that_overtake_each_other_are_one_stream() -> None:
     readahead = Readahead()
-    lengths = [len(readahead.after(at, at + 1)) for at in range(100)]
-    assert lengths[0] == 0 and lengths == sorted(lengths) and lengths[-1] > 0
-    assert len(readahead.after(5000, 5001)) == 0
+    step = 128 << 10
+    order = [number ^ 1 for number in range(0, 64)]  # 1 0 3 2 5 4 ...
+    assert any(demand(readahead, number * step, (number + 1) * step) for number in order)
+
+
+def test_scattered_reads_are_no_stream() -> None:
+    readahead = Readahead()
+    assert not any(demand(readahead, at, at + 200_000) for at in range(0, 500 << 20, 5 << 20))
+
+
+def test_a_stream_ends_with_a_jump() -> None:
+    readahead = Readahead()
+    assert demand(readahead, 0, 8 << 20)
+    assert not demand(readahead, 100 << 20, (100 << 20) + 4096)
