@@ -5,8 +5,10 @@ Works on any source that takes pushes: the image's own registry or layout direct
 
 from __future__ import annotations
 
+import functools
 import os
 
+from lazyfs.concurrency import together
 from lazyfs.core.index import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
 from lazyfs.core.oci import Descriptor, build_artifact, sha256_digest
 from lazyfs.core.reference import DirectoryReference
@@ -21,10 +23,10 @@ async def attach_index(source: Source, resolved: Resolved, built: BuiltIndex) ->
     blobs = [(INDEX_MEDIA_TYPE, built.index)]
     if built.windows:
         blobs.append((WINDOWS_MEDIA_TYPE, built.windows))
-    await source.push_blob(b"{}")  # the empty config of an artifact (image-spec manifest.md)
-    layers = []
-    for media_type, data in blobs:
-        layers.append(Descriptor(media_type, await source.push_blob(data), len(data)))
+    empty = b"{}"  # the config of an artifact (image-spec manifest.md)
+    # At once: each push takes several round trips.
+    await together(*(functools.partial(source.push_blob, data) for data in (empty, *(data for _, data in blobs))))
+    layers = [Descriptor(media_type, sha256_digest(data), len(data)) for media_type, data in blobs]
     subject = Descriptor(resolved.manifest.media_type, resolved.manifest_digest, len(resolved.manifest_bytes))
     return await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from benchmarks.command import PROGRAM
-from benchmarks.host import run
+from benchmarks.host import COMMAND_DEADLINE_S, run
 
 # The version is the last word of the first line, or the given one.
 _PROGRAMS = {
@@ -34,7 +36,17 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         **versions,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """Of the checkout that is measured; empty if it is none."""
+    command = ["git", "describe", "--always", "--dirty"]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=COMMAND_DEADLINE_S
+    )
+    return result.stdout.strip()
 
 
 def _processor() -> str:

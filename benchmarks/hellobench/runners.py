@@ -5,6 +5,7 @@ One class for each way, in `eager` and `lazy`. To add one: derive from Runner, a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 from abc import ABC, abstractmethod
@@ -14,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.containers import plain_bundle
-from benchmarks.host import run
+from benchmarks.containers import overlay, plain_bundle
 
 KILL_DEADLINE_S = 30.0
 _numbers = itertools.count()
@@ -73,7 +73,7 @@ class Container(ABC):
 class RuncContainer(Container):
     """A container of runc from a bundle; `undo` takes its root away."""
 
-    def __init__(self, bundle: Path, undo: Callable[[], object]) -> None:
+    def __init__(self, bundle: Path, undo: Callable[[], None]) -> None:
         super().__init__(bundle.with_name(f"{bundle.name}.log"))
         self.bundle = bundle
         self.name = unique("hellobench")
@@ -157,11 +157,7 @@ class Runner(ABC):
 
 def overlay_container(lower: Path, directory: Path, template: Path) -> RuncContainer:
     """A container on an overlay over a directory, with the configuration of `template`; all in `directory`."""
-    directory.mkdir()
-    for name in ("upper", "work", "merged"):
-        (directory / name).mkdir()
-    merged = directory / "merged"
-    options = f"lowerdir={lower},upperdir={directory}/upper,workdir={directory}/work"
-    run("mount", "-t", "overlay", "overlay", "-o", options, merged)
-    bundle = plain_bundle(template, directory / "bundle", merged)
-    return RuncContainer(bundle, lambda: run("umount", merged))
+    with contextlib.ExitStack() as stack:
+        merged = stack.enter_context(overlay(lower, directory))
+        bundle = plain_bundle(template, directory / "bundle", merged)
+        return RuncContainer(bundle, stack.pop_all().close)
