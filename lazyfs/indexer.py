@@ -160,7 +160,7 @@ async def build_index(
         diff_id = expected[layer.digest]
         known = None
         if scans is not None:
-            known = await trio.to_thread.run_sync(load_scan, scans, layer.digest, diff_id)
+            known = await trio.to_thread.run_sync(load_scan, scans, layer, diff_id)
         if known is None:
             known = await _scan_layer(resolved, layer, diff_id, cache, on_progress)
             if scans is not None:

@@ -11,24 +11,26 @@ import contextlib
 import os
 
 from lazyfs.cache import BlockCache
+from lazyfs.core.oci import Descriptor
 from lazyfs.core.scan import LayerScan, decode_scan, encode_scan
 from lazyfs.errors import HostError, ImageError
 
 
-def load_scan(cache: BlockCache, blob_digest: str, diff_id: str) -> LayerScan | None:
+def load_scan(cache: BlockCache, layer: Descriptor, diff_id: str) -> LayerScan | None:
     """The scan of a layer if a whole one is kept, and notes the use; None else: read the layer.
 
-    `diff_id` is what the layer decodes to by the config of the image that it is wanted for.
+    A scan was kept when the blob had the digest, and decoded to the DiffID, that its image gave. Here `layer` and
+    `diff_id` are from the image that it is wanted for: all of it has to agree.
     """
-    directory = _directory(cache, blob_digest)
+    directory = _directory(cache, layer.digest)
     try:
         with open(os.path.join(directory, "scan"), "rb") as file:
             scan = decode_scan(file.read())
         os.utime(directory)
     except (OSError, ImageError):
         return None
-    known = scan.record
-    return scan if (known.blob_digest, known.diff_id) == (blob_digest, diff_id) else None
+    known = (scan.record.blob_digest, scan.record.blob_bytes, scan.record.diff_id)
+    return scan if known == (layer.digest, layer.size_bytes, diff_id) else None
 
 
 def keep_scan(cache: BlockCache, scan: LayerScan) -> None:

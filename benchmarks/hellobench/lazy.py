@@ -79,17 +79,6 @@ class SharingLazyRunner(LazyRunner):
     mode = "lazyfs-shared"
     shares = True
 
-    def warm(self, neighbour: str) -> None:
-        self.pull(neighbour)
-        container = self.create(neighbour)
-        process = container.start()
-        try:
-            assert process.stdout is not None
-            process.stdout.read()
-        finally:
-            container.kill()
-            container.remove()
-
 
 def cpu_ticks(pid: int) -> int:
     """Clock ticks that a process has run, in user and kernel mode (proc(5), stat, fields 14 and 15); 0 if gone."""

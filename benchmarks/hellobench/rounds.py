@@ -28,6 +28,8 @@ from benchmarks.host import drop_page_cache, now, settle_disk
 
 Record = dict[str, Any]
 LOG_TAIL_CHARACTERS = 400
+# Of a command, of a workload, and of either in time: the sample has failed, the run goes on.
+_FAILURES = (RuntimeError, readiness.NotReady, subprocess.TimeoutExpired)
 
 
 @dataclass
@@ -58,9 +60,7 @@ class Round:
     route: Route
     number: int
 
-    def run(
-        self, modes: Sequence[str], operations: Sequence[str], advance: Callable[[str], None]
-    ) -> list[Record]:
+    def run(self, modes: Sequence[str], operations: Sequence[str], advance: Callable[[str], None]) -> list[Record]:
         """The records "sample" of all modes. A failure is a record, too. `advance` is told each mode when it is
         done."""
         order = list(modes)
@@ -77,7 +77,8 @@ class Round:
                 time.sleep(command.DAEMON_REST_S)
             for mode in order:
                 wanted = [operation for operation in operations_of(mode) if operation in operations]
-                records += self._measure(hosts[mode], wanted)
+                if wanted:
+                    records += self._measure(hosts[mode], wanted)
                 advance(mode)
         return records
 
@@ -86,20 +87,25 @@ class Round:
         directory = self.preparation.directory / unique("host-local")
         runner = LocalRunner(directory, self.preparation.template(self.workload), root)
         try:
-            self._start(runner, "", Sample())  # for the page cache
+            self._start(runner, self.workload, "", Sample())  # for the page cache
             settle_disk(drop=False)
             sample = Sample()
-            self._start(runner, "", sample)
+            self._start(runner, self.workload, "", sample)
             return self._record(runner.mode, "local", sample, None)
-        except (RuntimeError, readiness.NotReady, subprocess.TimeoutExpired) as error:
+        except _FAILURES as error:
             return self._record(runner.mode, "local", Sample(), error)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _measure(self, runner: Runner, operations: Sequence[str]) -> list[Record]:
         records = []
-        if MODES[runner.mode].shares:
-            runner.warm(self._reference(self.neighbour, runner.indexed, TAG))
+        if runner.shares:
+            reference = self._reference(self.neighbour, runner.indexed, TAG)
+            try:
+                runner.pull(reference)
+                self._start(runner, self.neighbour, reference, Sample())
+            except _FAILURES as failure:
+                return [self._record(runner.mode, DEPLOYMENT, Sample(), failure)]
         steps = {DEPLOYMENT: self._deploy, SECOND: self._again, DEVELOPMENT: self._develop}
         # A host has an image only after its deployment, whether that is wanted or not.
         for operation in (DEPLOYMENT, *(o for o in operations if o != DEPLOYMENT)):
@@ -109,9 +115,9 @@ class Round:
                 steps[operation](runner, sample)
                 sample.counters = runner.counters().since(before)
                 sample.link_bytes = None if arrived is None else (self._arrived_bytes() or 0) - arrived
-            except (RuntimeError, readiness.NotReady, subprocess.TimeoutExpired) as failure:
+            except _FAILURES as failure:
                 error = failure
-            if operation in operations:
+            if operation in operations or error is not None:
                 records.append(self._record(runner.mode, operation, sample, error))
             if error is not None:
                 break  # the host is not in the state that the next operation begins with
@@ -121,11 +127,11 @@ class Round:
         reference = self._reference(self.workload, runner.indexed, TAG)
         drop_page_cache()
         self._pull(runner, reference, sample)
-        self._start(runner, reference, sample)
+        self._start(runner, self.workload, reference, sample)
 
     def _again(self, runner: Runner, sample: Sample) -> None:
         drop_page_cache()
-        self._start(runner, self._reference(self.workload, runner.indexed, TAG), sample)
+        self._start(runner, self.workload, self._reference(self.workload, runner.indexed, TAG), sample)
 
     def _develop(self, runner: Runner, sample: Sample) -> None:
         tag = unique(f"changed-{self.number}")
@@ -144,23 +150,23 @@ class Round:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
         self._pull(runner, reference, sample)
-        self._start(runner, reference, sample)
+        self._start(runner, self.workload, reference, sample)
 
     def _pull(self, runner: Runner, reference: str, sample: Sample) -> None:
         started = now()
         runner.pull(reference)
         sample.pull_s = now() - started
 
-    def _start(self, runner: Runner, reference: str, sample: Sample) -> None:
+    def _start(self, runner: Runner, workload: Workload, reference: str, sample: Sample) -> None:
         """Create a container and wait until it is ready. Its end is not measured."""
-        readiness.check_unused(self.workload.ready)
+        readiness.check_unused(workload.ready)
         started = now()
         container = runner.create(reference)
         try:
             created = now()
             process = container.start()
             try:
-                ready = readiness.wait_until_ready(self.workload.ready, process, self.workload.deadline_s)
+                ready = readiness.wait_until_ready(workload.ready, process, workload.deadline_s)
             except readiness.NotReady as error:
                 log = container.log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
                 raise readiness.NotReady(f"{error}; standard error ends with: {log}") from None

@@ -140,9 +140,6 @@ class Runner(ABC):
     def services(self) -> AbstractContextManager[object]:
         """The host's services running; at the end nothing of the host is left running or mounted."""
 
-    def warm(self, neighbour: str) -> None:  # noqa: B027 - most hosts have no other image
-        """Before the clock starts: what the host has from another image."""
-
     @abstractmethod
     def pull(self, reference: str) -> None:
         """Make the image available on the host, as the system's command for it does."""

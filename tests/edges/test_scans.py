@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from lazyfs.cache import BlockCache
 from lazyfs.core.oci import parse_config
+from lazyfs.errors import ImageError
 from lazyfs.evict import collect, entries
 from lazyfs.indexer import BuiltIndex, build_index
 from lazyfs.resolve import load_config
@@ -74,6 +76,19 @@ async def test_a_scan_of_other_content_is_not_taken(store: BlockCache, tmp_path:
     (strange,) = set(kept(store)) - {path}
     path.write_bytes(strange.read_bytes())
     assert await build(store, reference, store) == (built, [0])
+
+
+async def test_a_layer_of_another_size_is_read(store: BlockCache, tmp_path: Path) -> None:
+    """The manifest lies about the size: that has to be found out, not taken for known."""
+    reference = write_image(tmp_path / "image", [big_layer()])
+    await build(store, reference, store)
+    async with localimages.resolved(store, reference) as found:
+        config = parse_config(await load_config(store, found))
+        (layer,) = found.manifest.layers
+        other = dataclasses.replace(layer, size_bytes=layer.size_bytes - 1)
+        found.manifest = dataclasses.replace(found.manifest, layers=(other,))
+        with pytest.raises(ImageError):
+            await build_index(found, config, None, scans=store)
 
 
 async def test_a_scan_that_cannot_be_kept_is_no_error(store: BlockCache, tmp_path: Path) -> None:
