@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +28,27 @@ def inside() -> bool:
 
 
 def enter(arguments: Sequence[str]) -> None:
-    """Continue inside: the first call replaces this process by one that runs the command anew. As root."""
+    """Continue inside: the first call runs the command anew in there, and ends this process as that one ends. As
+    root."""
     if not inside():
-        command = ["unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--kill-child"]
-        program = [sys.executable, "-m", "benchmarks.hellobench", *arguments]
-        os.environ[_INSIDE] = "1"
-        os.execvp(command[0], [*command, "sh", "-c", _FIRST, "sh", *program])
+        sys.exit(_run_inside([sys.executable, "-m", "benchmarks.hellobench", *arguments]))
     # skopeo keeps notes on registries in the other one.
     for directory in ("/run", "/var/lib/containers"):
         os.makedirs(directory, exist_ok=True)
         run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory)
     run("ip", "link", "set", "lo", "up")
+
+
+def _run_inside(program: Sequence[str]) -> int:
+    # unshare ignores SIGINT and SIGTERM, so they are sent to its whole group; and it is killed when we are.
+    command = ["setpriv", "--pdeathsig", "KILL"]
+    command += ["unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--kill-child"]
+    process = subprocess.Popen(
+        [*command, "sh", "-c", _FIRST, "sh", *program], env=os.environ | {_INSIDE: "1"}, process_group=0
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: os.killpg(process.pid, received))
+    return process.wait()
 
 
 def remove_abandoned() -> None:
