@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,10 @@ import pytest
 from lazyfs import paths
 from tests import leaks
 from tests.servers import RegistryServer
+
+# A shell starts what it puts in the background with SIGINT ignored, and so would be everything that is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_DEADLINE_S = 90.0

@@ -159,14 +159,14 @@ class _Suite:
         """Measure what is missing. Returns how many samples failed."""
         failed = self._local(samples)
         for number in range(samples):
-            missing = [mode for mode in self._modes if not self._done(mode, number)]
-            self._bar.advance(self._task, len(self._modes) - len(missing))
-            if missing:
-                # All of the round, so that its ratios are of one time.
-                self._prepare()
-                records = self._round(number).run(missing, self._operations, lambda _: self._bar.advance(self._task))
-                self._journal.write(records)
-                failed += sum(not record["ok"] for record in records)
+            if all(self._done(mode, number) for mode in self._modes):
+                self._bar.advance(self._task, len(self._modes))
+                continue
+            # All of the round, also what is there already: ratios are of one time.
+            self._prepare()
+            records = self._round(number).run(self._modes, self._operations, lambda _: self._bar.advance(self._task))
+            self._journal.write(records)
+            failed += sum(not record["ok"] for record in records)
         return failed
 
     def _local(self, samples: int) -> int:

@@ -110,8 +110,8 @@ _M = TypeVar("_M", bound=_Measured)
 
 
 def paired(ours: Iterable[_M], theirs: Iterable[_M], value: Callable[[_M], float | None]) -> Speedup:
-    """Both sides of the same round, one pair a round: of one run if there is such a pair (the last run's), else
-    the last of either side, as when a run died within a round and another has ended it."""
+    """Both sides of the same round of the same run, one pair a round: the last run's that has both. Samples of two
+    runs are no pair: the machine was another one between them."""
     sides: tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]] = (defaultdict(dict), defaultdict(dict))
     for side, samples in zip(sides, (ours, theirs), strict=True):
         for sample in samples:
@@ -125,8 +125,6 @@ def paired(ours: Iterable[_M], theirs: Iterable[_M], value: Callable[[_M], float
         both = [run for run in left if run in right]
         if both:
             pairs.append((left[both[-1]], right[both[-1]]))
-        else:
-            pairs.append((list(left.values())[-1], list(right.values())[-1]))
     return Speedup(tuple(pairs))
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,5 +109,11 @@ def started(
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
+    """Its next line; what is there, if it has to be ended because none comes."""
     assert process.stdout is not None
-    return process.stdout.readline()
+    ending = threading.Timer(DEADLINE_S, process.terminate)
+    ending.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        ending.cancel()
