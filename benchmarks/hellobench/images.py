@@ -136,12 +136,10 @@ def _documents(store: Layout, name: str) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _share(blob: Path, link: Path) -> None:
-    with contextlib.suppress(FileExistsError):
+    if not link.exists():
         try:
             os.link(blob, link)
-        except FileExistsError:
-            raise
-        except OSError:
+        except OSError:  # another file system
             link.symlink_to(blob)
 
 

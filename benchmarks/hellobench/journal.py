@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+from benchmarks.hellobench.lines import VERSION
+
 _SAMPLE = ("workload", "link", "mode", "operation", "round")
 
 

@@ -213,9 +213,9 @@ def _probe_redis(ready: Redis, wait_s: float) -> None:
 
 
 def _probe_amqp(ready: Amqp, wait_s: float) -> None:
-    """AMQP 0-9-1 specification, 4.2.2: the client sends a protocol header; the server answers with its own if it
-    does not speak that version, else with Connection.Start: a frame (4.2.3: type, channel, size, payload) whose
-    payload is a method (4.2.4: class and method, 10 and 10 here)."""
+    """As AMQP 0-9-1 has it, the client sends a protocol header; the server answers with its own if it
+    does not speak that version, else with Connection.Start: a frame (type, channel, size, payload) whose
+    payload is a method (class and method, 10 and 10 here)."""
     with socket.create_connection((LOOPBACK, ready.port), wait_s) as connection:
         connection.sendall(b"AMQP\x00\x00\x09\x01")
         answer = _receive(connection, 11)

@@ -69,7 +69,7 @@ def pack_windows(windows: Sequence[bytes]) -> list[bytes]:
 
 def unpack_windows(stored: bytes) -> bytes:
     """One stored group -> its windows back to back. ImageError if damaged (the frame carries a checksum)."""
-    raw = decompress(stored, WINDOWS_PER_GROUP * WINDOW_BYTES)
+    raw = decompress(stored, WINDOWS_PER_GROUP * WINDOW_BYTES, "the index")
     if not raw or len(raw) % WINDOW_BYTES:
         raise ImageError("a group of windows in the index has the wrong length")
     return raw

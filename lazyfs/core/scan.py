@@ -14,7 +14,7 @@ from typing import Any
 
 from lazyfs.core.blocks import pack_table, unpack_table
 from lazyfs.core.index import LayerRecord, read_record, record_fields
-from lazyfs.core.sections import Sections, encode_sections
+from lazyfs.core.sections import Sections, encode_sections, number
 from lazyfs.core.tar import Kind, TarEntry
 from lazyfs.core.tree import LayerEntry
 from lazyfs.errors import ImageError
@@ -23,6 +23,7 @@ _MAGIC = b"LZFSSCN1"
 _SECTIONS = 4
 # Kept on this host, made on the way to an index: the time counts, not the last byte.
 _LEVEL = 3
+_MAX_NUMBER = 1 << 60
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ def decode_scan(blob: bytes) -> LayerScan:
         if sum(length for _, length in record.window_groups) != len(groups):
             raise ValueError("wrong length of windows")
         windows = [groups[at : at + length] for at, length in record.window_groups]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError(f"the scan of a layer is damaged ({type(error).__name__})") from None
     table = unpack_table(sections.section(1))
     if hashlib.sha256(table).hexdigest() != record.content_root:
@@ -86,12 +87,14 @@ def _entry(
 ) -> LayerEntry:
     kind, mode, uid, gid, size, mtime_s, mtime_ns = numbers
     major, minor = device
+    for value in (address, mode, uid, gid, size, mtime_ns, major, minor):
+        number(value, _MAX_NUMBER)
+    if type(mtime_s) is not int or abs(mtime_s) > _MAX_NUMBER:
+        raise ValueError("not a time in range")
     entry = TarEntry(
         _raw(path), Kind(kind), mode, uid, gid, size, mtime_s, mtime_ns, _raw(target), major, minor,
         {_raw(name): _raw(value) for name, value in xattrs.items()},
     )  # fmt: skip
-    if not all(type(n) is int for n in (address, *numbers, *device)):
-        raise TypeError("not a number")
     return LayerEntry(entry, address)
 
 

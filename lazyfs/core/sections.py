@@ -55,7 +55,7 @@ class Sections:
             raise ImageError(f"{what} is of no version that this lazyfs knows", hint)
         if header_bytes > len(blob) - _HEAD.size:
             raise ImageError(f"{what} is cut short")
-        text = decompress(self._blob[_HEAD.size : _HEAD.size + header_bytes], _MAX_HEADER_BYTES)
+        text = decompress(self._blob[_HEAD.size : _HEAD.size + header_bytes], _MAX_HEADER_BYTES, what)
         try:
             header = json.loads(text)
             if header["version"] != 1:
@@ -80,7 +80,7 @@ class Sections:
     def section(self, index: int) -> bytes:
         """One section, decoded."""
         at, stored, plain = self._places[index]
-        raw = decompress(self._blob[at : at + stored], plain)
+        raw = decompress(self._blob[at : at + stored], plain, self._what)
         if len(raw) != plain:
             raise ImageError(f"a section of {self._what} has the wrong length")
         return raw
@@ -118,15 +118,16 @@ def compress(raw: bytes, level: int = LEVEL) -> bytes:
     return zstd.compress(raw, options=options)
 
 
-def decompress(stored: bytes | memoryview, limit_bytes: int) -> bytes:
-    """One whole zstd frame of at most `limit_bytes` of content; never allocates more than that."""
+def decompress(stored: bytes | memoryview, limit_bytes: int, what: str) -> bytes:
+    """One whole zstd frame of at most `limit_bytes` of content; never allocates more than that. `what` it is part of,
+    for errors."""
     decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
     try:
         raw = decoder.decompress(stored, limit_bytes + 1)
         if len(raw) <= limit_bytes and not decoder.eof:
             raw += decoder.decompress(b"", 1)
     except zstd.ZstdError as error:
-        raise ImageError(f"compressed data is damaged ({error})") from None
+        raise ImageError(f"{what} is damaged ({error})") from None
     if len(raw) > limit_bytes or not decoder.eof or decoder.unused_data:
-        raise ImageError("compressed data is longer or shorter than it says")
+        raise ImageError(f"a part of {what} is longer or shorter than it says")
     return raw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from lazyfs.core.blocks import BlockTableBuilder
 from lazyfs.core.index import LayerRecord, pack_windows
 from lazyfs.core.scan import LayerScan, decode_scan, encode_scan
+from lazyfs.core.sections import Sections, encode_sections
 from lazyfs.core.spans import Compression, Point, PointKind, encode_points
 from lazyfs.core.tar import Kind, TarEntry
 from lazyfs.core.tree import LayerEntry
@@ -80,6 +82,34 @@ def test_a_flipped_byte_changes_nothing_or_is_noticed(at: int, mask: int) -> Non
 def test_a_blob_that_is_cut_short_is_refused(length: int) -> None:
     with pytest.raises(ImageError):
         decode_scan(BLOB[:length])
+
+
+FIELDS = [4096, "a", [1, 0o644, 0, 0, 1, 2, 3], "", [0, 0], {}]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, -1), (0, "4096"), (0, 1.5), (0, 1 << 70), (1, 7), (1, "\u20ac"), (2, [1, 0, 0]),
+        (2, [99, 0, 0, 0, 1, 2, 3]),
+        (2, [1, 0, 0, 0, -1, 2, 3]), (2, [1, 0, 0, 0, 1, "2", 3]), (3, None), (4, [True, 0]), (5, []), (5, {"a": 1}),
+    ],
+)  # fmt: skip
+def test_entries_of_the_wrong_form_are_refused(place: int, value: object) -> None:
+    """As a damaged checksum would not show: the blob is whole, its content is not."""
+    assert decode_scan(with_entries([FIELDS])) == decode_scan(BLOB)
+    fields = list(FIELDS)
+    fields[place] = value
+    for entries in ([fields], fields, {"a": fields}, 7):
+        with pytest.raises(ImageError):
+            decode_scan(with_entries(entries))
+
+
+def with_entries(entries: object) -> bytes:
+    """BLOB with other entries."""
+    known = Sections(BLOB, b"LZFSSCN1", "", "")
+    sections = [json.dumps(entries).encode(), *(known.section(number) for number in range(1, len(known)))]
+    return encode_sections(b"LZFSSCN1", known.header, sections)
 
 
 @given(st.binary(max_size=200))
