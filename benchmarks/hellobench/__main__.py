@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--operation", action="append", choices=OPERATIONS, help="(repeatable; default: all)")
     run.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="of each (default: %(default)s)")
 
+    build = commands.add_parser("build", help="build the images only (root)", description="Build what is missing.")
+    build.add_argument("--workload", action="append", choices=list(WORKLOADS), metavar="NAME",
+                       help="(repeatable; default: all)")  # fmt: skip
+    build.set_defaults(quick=False, mode=["lazyfs"])  # a mode that needs no other image
+
     long = commands.add_parser("long", help="measure long runs, whole images and memory (root)")
     long.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     long.add_argument("--seconds", type=float, default=20.0, help="of load per side and round (default: %(default)s)")
@@ -77,6 +82,8 @@ def measure(args: argparse.Namespace) -> int:
 
     if not sandbox.inside():
         suite.build(args)
+    if args.command == "build":
+        return 0
     sandbox.enter(sys.argv[1:])
     return suite.run_long(args) if args.command == "long" else suite.run(args)
 

@@ -11,18 +11,15 @@ They live in the cache of the tests' images, below "hellobench":
     archives/            .deb files, so that none is downloaded twice; safe to delete, as all of it is
     building/            buildah's storage, only during a build
 
-    python -m benchmarks.hellobench.images [NAME ...]      builds all, or those named
+    python -m benchmarks.hellobench build      builds all; with --workload NAME, those named
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,30 +149,3 @@ def _locked() -> Iterator[None]:
     with (directory() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from benchmarks.hellobench.catalogue import WORKLOADS
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hellobench.images", description="Build the images.")
-    parser.add_argument("name", nargs="*", help=f"all if none is given: {', '.join(WORKLOADS)}")
-    names: list[str] = parser.parse_args(arguments).name or list(WORKLOADS)
-    if unknown := sorted(set(names) - set(WORKLOADS)):
-        parser.error(f"no such workload: {', '.join(unknown)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with all clean-up
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("images", total=None)
-
-        def report(name: str, done: int, total: int) -> None:
-            progress.update(task, description=name or "images", completed=done, total=total)
-
-        ensure([WORKLOADS[name] for name in names], report)
-        progress.update(task, total=progress.tasks[0].total or 0)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
