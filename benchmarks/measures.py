@@ -51,22 +51,22 @@ def cold(place: Place, backend: str) -> Iterator[Lazyfs]:
 def mounting(place: Place, backend: str) -> Iterator[Result]:
     """`lazyfs mount` with an empty cache, with and without an index, against `ctr image pull`.
 
-    containerd runs before it is asked, so the comparison with it is made with our daemon running, too. What earlier
-    samples left to be written is written before each.
+    Before each sample everything is forgotten, programs too (`host.drop_page_cache` says why). containerd runs before
+    it is asked, so the comparison with it is made with our daemon running, and without.
     """
     with host.Containerd(place.fresh("containerd")) as containerd:
 
-        def pairs(reference: str, *, drop: bool = False, running: bool = False) -> tuple[list[float], list[float]]:
+        def pairs(reference: str, *, running: bool = False) -> tuple[list[float], list[float]]:
             ours, theirs = [], []
             for _ in range(place.repetitions):
-                host.settle_disk(drop)
                 with cold(place, backend) as lazyfs, contextlib.ExitStack() as stack:
                     if running:
                         stack.enter_context(lazyfs.daemon())
                     target = place.fresh("root")
+                    host.drop_page_cache()
                     ours.append(lazyfs.mount(reference, target))
                     lazyfs.umount(target)
-                host.settle_disk(drop)
+                host.drop_page_cache()
                 theirs.append(containerd.pull(reference))
                 containerd.remove(reference)
             return ours, theirs
@@ -74,16 +74,14 @@ def mounting(place: Place, backend: str) -> Iterator[Result]:
         ours, theirs = pairs(place.indexed)
         median = statistics.median(ours)
         yield Result(
-            "mount", "`lazyfs mount`, indexed, cache empty, no daemon running", "0.5 s", backend, median, 0.5,
-            seconds(ours), ours=ours,
+            "mount", "`lazyfs mount`, indexed, cache empty, page cache cold, no daemon running", "0.5 s", backend,
+            median, 0.5, seconds(ours), ours=ours,
         )  # fmt: skip
         title = "the same, against `ctr image pull`"
         yield _times_faster("mount-pull-alone", title, backend, ours, theirs, informative=backend == "kernel")
         if backend == "kernel":
             title = "the same with its daemon running, as containerd is, against `ctr image pull`"
             yield _times_faster("mount-pull", title, backend, *pairs(place.indexed, running=True))
-        title = "no daemon, page cache cold, programs too, against the pull"
-        yield ratio("mount-cold", title, backend, *pairs(place.indexed, drop=True), 1 / 20, "", informative=True)
         title = "first mount without an index, against pull and unpack"
         yield ratio("mount-plain", title, backend, *pairs(place.plain), 1.0, "faster")
 
@@ -125,7 +123,8 @@ def first_start(place: Place, backend: str) -> Iterator[Result]:
 
 
 def starts(place: Place, backend: str) -> Iterator[Result]:
-    """Container starts with a warm block cache, against runc on an ext4 copy and on overlayfs over it."""
+    """Container starts with a warm block cache, against the same image unpacked on ext4: by runc on both sides, and by
+    each side's own command, which is `ctr run` there."""
     copy = ext4_copy(place.interpreters.root_tar, place.fresh("copy"))
     with contextlib.ExitStack() as stack:
         lazyfs = stack.enter_context(cold(place, backend))
@@ -135,10 +134,17 @@ def starts(place: Place, backend: str) -> Iterator[Result]:
         layered = stack.enter_context(overlay(copy, place.fresh("overlay")))
         on_overlay = plain_bundle(first, place.fresh("bundle"), layered)
         containers.start(first)  # fills the block cache
+        containerd = stack.enter_context(host.Containerd(place.fresh("containerd")))
+        containerd.pull(place.indexed)
 
         def whole() -> float:
             started = host.now()
             lazyfs.run_container(place.indexed, *PYTHON_START)
+            return host.now() - started
+
+        def by_ctr() -> float:
+            started = host.now()
+            containerd.run_container(place.indexed, f"bench-{next(_serial)}", *PYTHON_START)
             return host.now() - started
 
         def mounted_overlay() -> float:
@@ -153,8 +159,10 @@ def starts(place: Place, backend: str) -> Iterator[Result]:
         )
         title = "the same, block cache warm, page cache cold, against an ext4 copy (runc on both)"
         yield ratio("start-cold", title, backend, ours, theirs, 1.3, "1.3x")
+        title = "the same by `lazyfs run` against `ctr run` on ext4 (each with its mount and clean-up)"
+        yield ratio("run-cold-ctr", title, backend, *alternate(place.repetitions, whole, by_ctr), 1.3, "1.3x")
         ours, theirs = alternate(place.repetitions, whole, lambda: containers.start(on_ext4))
-        title = "the same by `lazyfs run`, its own start and mount included"
+        title = "the same by `lazyfs run` against runc alone on ext4"
         yield ratio("run-cold", title, backend, ours, theirs, 1.3, "", informative=True)
         containers.start(on_overlay)
         ours, theirs = alternate(
@@ -165,6 +173,9 @@ def starts(place: Place, backend: str) -> Iterator[Result]:
         )
         title = "second container of the image, warm, against overlayfs on ext4 (runc on both)"
         yield ratio("start-warm", title, backend, ours, theirs, 1.05, "1.05x")
+        title = "the same by `lazyfs run` against `ctr run`"
+        samples = alternate(2 * place.repetitions, whole, by_ctr, drop=False)
+        yield ratio("run-warm-ctr", title, backend, *samples, 1.05, "", informative=True)
         ours, theirs = alternate(2 * place.repetitions, whole, mounted_overlay, drop=False)
         title = "the same by `lazyfs run`, against mount, runc and umount"
         yield ratio("run-warm", title, backend, ours, theirs, 1.05, "", informative=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from benchmarks.hellobench.modes import DEPLOYMENT, DEVELOPMENT, MODES, SECOND, 
 from benchmarks.hellobench.preparation import TAG, Preparation
 from benchmarks.hellobench.runners import Counters, Runner, unique
 from benchmarks.hellobench.workloads import Workload
-from benchmarks.host import drop_page_cache, now, settle_disk
+from benchmarks.host import drop_page_cache, now
 
 Record = dict[str, Any]
 LOG_TAIL_CHARACTERS = 400
@@ -88,7 +89,7 @@ class Round:
         runner = LocalRunner(directory, self.preparation.template(self.workload), root)
         try:
             self._start(runner, self.workload, "", Sample())  # for the page cache
-            settle_disk(drop=False)
+            os.sync()
             sample = Sample()
             self._start(runner, self.workload, "", sample)
             return self._record(runner.mode, "local", sample, None)
