@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lazyfs.errors import ImageError
 
@@ -25,8 +25,7 @@ MAX_ADDITIONAL_GROUPS = 65536
 _DECIMAL = re.compile(r"[0-9]+\Z", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """The ids of a container's process, as the container sees them, and its home directory."""
 
     uid: int = 0

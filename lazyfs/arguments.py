@@ -42,9 +42,6 @@ MOUNT_OPTIONS = """mount options (-o, separated by commas; a value with a comma 
 _IMAGE = "image: NAME[:TAG][@DIGEST], oci:DIR[:TAG], oci+https://HOST/PATH[:TAG]"
 
 
-_AddOption = Callable[[argparse.ArgumentParser], None]
-
-
 class _Add(Protocol):
     def __call__(
         self, name: str, summary: str, examples: str = "", *, description: str = "", more: str = ""
@@ -91,9 +88,9 @@ def size(text: str) -> int:
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The whole command line. The parsed namespace has `subcommand`, and for
-    most that take an image the list `option_texts`. `words`: what will be parsed; containers' options are
-    only set up if they are wanted, because their module takes a while to import."""
+    """The command line for `words`: of the whole program, or, if the first word is a subcommand, of that one alone,
+    because setting up all of them takes longer than parsing. The parsed namespace has `subcommand`, and for most that
+    take an image the list `option_texts`."""
     top = Parser(
         prog="lazyfs",
         formatter_class=Help,
@@ -119,65 +116,27 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
             formatter_class=Help,
         )
 
-    def mount_options(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "-o", dest="option_texts", action="append", default=[], metavar="OPTIONS", help="mount options"
-        )
-
-    def json_output(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--json", action="store_true", help="print JSON")
-
-    _mounting(add, mount_options)
-    _containers(add, words)
-
-    index = add(
-        "index",
-        "build the index of an image, and attach it in the registry",
-        "  lazyfs index registry.example/app:1 --push\n  lazyfs index oci:layout:app --output /tmp/index\n",
-    )
-    index.add_argument("image", metavar="IMAGE", help=_IMAGE)
-    index.add_argument("--push", action="store_true", help="attach it to the image, in the image's registry")
-    index.add_argument("--output", metavar="DIR", help="write it to DIR")
-    inspect = add(
-        "inspect",
-        "show an image's layers and sizes, and whether it has an index",
-        "  lazyfs inspect debian:12\n",
-    )
-    inspect.add_argument("image", metavar="IMAGE", help=_IMAGE)
-    analyze = add(
-        "analyze",
-        "show where an image's data lies, what a start reads, and what is cached already",
-        "  lazyfs analyze debian:12\n"
-        "  lazyfs analyze --plot layers.png registry.example/app:1 -- python3 -c 'import json'\n\n"
-        "A command behind -- is run in a container with an empty cache, which is removed afterwards.\n",
-    )
-    analyze.usage = "lazyfs analyze [-h] [--plot FILE] [-o OPTIONS] [--json] IMAGE [-- CMD...]"
-    analyze.add_argument("--plot", metavar="FILE", help="draw it, too (PNG, SVG or PDF; needs matplotlib)")
-    analyze.add_argument("image", metavar="IMAGE", help=_IMAGE)
-    for command in (index, inspect, analyze):
-        mount_options(command)
-        json_output(command)
-
-    stats = add(
-        "stats",
-        "show what a mount has fetched and cached",
-        "  lazyfs stats /mnt\n  lazyfs stats /mnt --json | jq .bytes_fetched\n",
-    )
-    stats.add_argument("target", metavar="TARGET", help="a mount point")
-    listing = add("ls", "list the mounts of this user's daemons", "  lazyfs ls\n  lazyfs ls --json\n")
-    doctor = add(
-        "doctor",
-        "check what this host can do, and say what to change",
-        "  lazyfs doctor\n  sudo lazyfs doctor\n",
-    )
-    for command in (stats, listing, doctor):
-        json_output(command)
-    doctor.add_argument("--cache", metavar="DIR", help="the cache directory to look at")
-    _upkeep(add, json_output)
+    wanted = words[0] if words else ""
+    for define in [_DEFINITIONS[wanted]] if wanted in _DEFINITIONS else _DEFINITIONS.values():
+        define(add)
     return top
 
 
-def _mounting(add: _Add, mount_options: _AddOption) -> None:
+def _mount_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "-o", dest="option_texts", action="append", default=[], metavar="OPTIONS", help="mount options"
+    )
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _cache_directory(command: argparse.ArgumentParser, what: str = "the cache directory") -> None:
+    command.add_argument("--cache", metavar="DIR", help=what)
+
+
+def _mount(add: _Add) -> None:
     mount = add(
         "mount",
         "mount an image's root file system",
@@ -191,12 +150,15 @@ def _mounting(add: _Add, mount_options: _AddOption) -> None:
     )
     mount.add_argument("image", metavar="IMAGE", help=_IMAGE)
     mount.add_argument("target", metavar="TARGET", help="an existing directory")
-    mount_options(mount)
+    _mount_options(mount)
     mount.add_argument("-s", "--sloppy", action="store_true", help="ignore unknown mount options")
     mount.add_argument("-v", "--verbose", action="store_true", help="say what is done")
     mount.add_argument(
         "--push-index", action="store_true", help="if an index must be built, attach it to the image"
     )
+
+
+def _umount(add: _Add) -> None:
     umount = add("umount", "unmount it", "  lazyfs umount /mnt\n  lazyfs umount --wait /mnt\n")
     umount.add_argument("target", metavar="TARGET", help="a mount point")
     umount.add_argument(
@@ -205,13 +167,21 @@ def _mounting(add: _Add, mount_options: _AddOption) -> None:
     umount.add_argument("--wait", action="store_true", help="return when the daemon has let go of it")
 
 
-def _containers(add: _Add, words: Sequence[str]) -> None:
+def _bundle(add: _Add) -> None:
+    from lazyfs.containers import add_bundle_arguments
+
     bundle = add(
         "bundle",
         "make a runc bundle of an image",
         "  lazyfs bundle debian:12 /srv/bundle && runc run --bundle /srv/bundle c1\n\n",
         more=MOUNT_OPTIONS,
     )
+    add_bundle_arguments(bundle)
+
+
+def _run(add: _Add) -> None:
+    from lazyfs.containers import add_run_arguments
+
     run = add(
         "run",
         "run a command in a container of an image",
@@ -221,14 +191,73 @@ def _containers(add: _Add, words: Sequence[str]) -> None:
         "code of the container's command.",
         more=MOUNT_OPTIONS,
     )
-    if "run" in words or "bundle" in words:
-        from lazyfs.containers import add_bundle_arguments, add_run_arguments
-
-        add_bundle_arguments(bundle)
-        add_run_arguments(run)
+    add_run_arguments(run)
 
 
-def _upkeep(add: _Add, json_output: _AddOption) -> None:
+def _index(add: _Add) -> None:
+    index = add(
+        "index",
+        "build the index of an image, and attach it in the registry",
+        "  lazyfs index registry.example/app:1 --push\n  lazyfs index oci:layout:app --output /tmp/index\n",
+    )
+    index.add_argument("image", metavar="IMAGE", help=_IMAGE)
+    index.add_argument("--push", action="store_true", help="attach it to the image, in the image's registry")
+    index.add_argument("--output", metavar="DIR", help="write it to DIR")
+    _mount_options(index)
+    _json(index)
+
+
+def _inspect(add: _Add) -> None:
+    inspect = add(
+        "inspect",
+        "show an image's layers and sizes, and whether it has an index",
+        "  lazyfs inspect debian:12\n",
+    )
+    inspect.add_argument("image", metavar="IMAGE", help=_IMAGE)
+    _mount_options(inspect)
+    _json(inspect)
+
+
+def _analyze(add: _Add) -> None:
+    analyze = add(
+        "analyze",
+        "show where an image's data lies, what a start reads, and what is cached already",
+        "  lazyfs analyze debian:12\n"
+        "  lazyfs analyze --plot layers.png registry.example/app:1 -- python3 -c 'import json'\n\n"
+        "A command behind -- is run in a container with an empty cache, which is removed afterwards.\n",
+    )
+    analyze.usage = "lazyfs analyze [-h] [--plot FILE] [-o OPTIONS] [--json] IMAGE [-- CMD...]"
+    analyze.add_argument("--plot", metavar="FILE", help="draw it, too (PNG, SVG or PDF; needs matplotlib)")
+    analyze.add_argument("image", metavar="IMAGE", help=_IMAGE)
+    _mount_options(analyze)
+    _json(analyze)
+
+
+def _stats(add: _Add) -> None:
+    stats = add(
+        "stats",
+        "show what a mount has fetched and cached",
+        "  lazyfs stats /mnt\n  lazyfs stats /mnt --json | jq .bytes_fetched\n",
+    )
+    stats.add_argument("target", metavar="TARGET", help="a mount point")
+    _json(stats)
+
+
+def _ls(add: _Add) -> None:
+    _json(add("ls", "list the mounts of this user's daemons", "  lazyfs ls\n  lazyfs ls --json\n"))
+
+
+def _doctor(add: _Add) -> None:
+    doctor = add(
+        "doctor",
+        "check what this host can do, and say what to change",
+        "  lazyfs doctor\n  sudo lazyfs doctor\n",
+    )
+    _json(doctor)
+    _cache_directory(doctor, "the cache directory to look at")
+
+
+def _cache(add: _Add) -> None:
     cache = add(
         "cache",
         "look after the block cache",
@@ -243,6 +272,11 @@ def _upkeep(add: _Add, json_output: _AddOption) -> None:
     cache.add_argument(
         "--max-size", type=size, metavar="SIZE", dest="max_size_bytes", help="for gc: 500M, 20G, 20Gi"
     )
+    _json(cache)
+    _cache_directory(cache)
+
+
+def _daemon(add: _Add) -> None:
     daemon = add(
         "daemon",
         "run a cache's daemon in the foreground, or talk to the running one",
@@ -260,6 +294,20 @@ def _upkeep(add: _Add, json_output: _AddOption) -> None:
         "--upgrade", action="store_true", help="hand over to a new process of the installed version"
     )
     act.add_argument("--stop", action="store_true", help="end it, unless something is mounted")
-    json_output(cache)
-    for command in (cache, daemon):
-        command.add_argument("--cache", metavar="DIR", help="the cache directory")
+    _cache_directory(daemon)
+
+
+_DEFINITIONS: dict[str, Callable[[_Add], None]] = {
+    "mount": _mount,
+    "umount": _umount,
+    "bundle": _bundle,
+    "run": _run,
+    "index": _index,
+    "inspect": _inspect,
+    "analyze": _analyze,
+    "stats": _stats,
+    "ls": _ls,
+    "doctor": _doctor,
+    "cache": _cache,
+    "daemon": _daemon,
+}

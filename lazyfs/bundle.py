@@ -17,12 +17,11 @@ configuration has a user namespace, mapped as `runc spec --rootless` does; with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
-import subprocess
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lazyfs.accounts import resolve_user
 from lazyfs.core.oci import ImageConfig
@@ -35,6 +34,7 @@ from lazyfs.runspec import SpecOptions, all_mounts, build_spec, check_ids
 from lazyfs.specmounts import Mount, forbidden_place, image_volumes
 
 _MAX_HOSTS_BYTES = 1 << 20
+_OWN_FILES = ("config.json", "hosts", "resolv.conf", "runc.log")
 _REMOVAL_S = 120.0
 """How long deleting a bundle's files may take. It is work, not waiting: 50,000 files/s on ext4."""
 
@@ -50,20 +50,18 @@ class RootProvider(Protocol):
         because a signal may come before or after the mount. Raises HostError."""
 
 
-@dataclass(frozen=True, slots=True)
-class BundleOptions:
+class BundleOptions(NamedTuple):
     """`spec`: what is asked of the container. `user`: ``USER[:GROUP]`` instead of the image's, if not None.
     `mount`: options of the root's mount; writable without an `upperdir` means one in the bundle, or, unless
     `keep_upper`, one that ends with the mount."""
 
-    spec: SpecOptions = field(default_factory=SpecOptions)
+    spec: SpecOptions = SpecOptions()
     user: str | None = None
-    mount: MountOptions = field(default_factory=MountOptions)
+    mount: MountOptions = MountOptions()
     keep_upper: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(NamedTuple):
     """A bundle on disk. `notes` are for the user: what was left out, and why. `stop_signal` is the image's
     word (a name, a number or ""), not yet checked."""
 
@@ -118,7 +116,7 @@ def write_bundle(directory: str, config: ImageConfig, user: str | None, spec: Sp
         )
         if os.geteuid() != 0:
             uid_ranges, gid_ranges = rootless_ranges()
-            spec = replace(spec, uid_ranges=uid_ranges, gid_ranges=gid_ranges)
+            spec = spec._replace(uid_ranges=uid_ranges, gid_ranges=gid_ranges)
         if missing := check_ids(account, spec):
             raise HostError(
                 f"the container's user has {missing}, which an ordinary user's containers cannot have here",
@@ -126,15 +124,14 @@ def write_bundle(directory: str, config: ImageConfig, user: str | None, spec: Sp
             )
         read_only = root.is_read_only()
         if read_only and not spec.read_only:
-            spec = replace(spec, read_only=True)
+            spec = spec._replace(read_only=True)
             if os.geteuid() != 0:
                 notes.append("the root is read-only: an ordinary user cannot mount a writable one")
-        spec = replace(
-            spec,
+        spec = spec._replace(
             cgroup_namespace=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),  # cgroup v2 only
             hosts_files=_hosts_files(directory, spec.hostname),
         )
-        spec = replace(spec, volumes=_volumes(directory, config, spec, root))
+        spec = spec._replace(volumes=_volumes(directory, config, spec, root))
         if read_only:
             spec = _with_existing_places(spec, root, notes)
         document, more_notes = build_spec(config, account, spec)
@@ -173,9 +170,16 @@ def delete_bundle(directory: str, keep_itself: bool = False) -> None:
     beyond Python's recursion)."""
     if below := [mount.mountpoint for mount in mount_table() if mount.mountpoint.startswith(f"{directory}/")]:
         raise HostError(f"{directory} is kept: {below[0]} is still mounted", f"umount {below[0]}")
+    _unlink_own(directory)
+    if not keep_itself:
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+            return
     victims = [os.path.join(directory, n) for n in os.listdir(directory)] if keep_itself else [directory]
     if not victims:
         return
+    import subprocess  # here: it takes milliseconds, and most bundles are gone by now
+
     command = ["rm", "-rf", "--one-file-system", "--", *victims]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_REMOVAL_S)
@@ -186,6 +190,15 @@ def delete_bundle(directory: str, keep_itself: bool = False) -> None:
     if done.returncode != 0:
         reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[:1]
         raise HostError(f"cannot delete {directory}: {' '.join(reason)}", "delete it by hand")
+
+
+def _unlink_own(directory: str) -> None:
+    """Deletes what a bundle has at least, unless something is in the way: all that there is of most."""
+    for name in _OWN_FILES:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(directory, name))
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.join(directory, "rootfs"))
 
 
 def _write(path: str, content: bytes, mode: int) -> None:
@@ -260,7 +273,7 @@ def _with_existing_places(spec: SpecOptions, root: ImageRoot, notes: list[str]) 
     if len(kept) < len(spec.hosts_files):
         missing = " or ".join(mount.destination for mount in spec.hosts_files if mount not in kept)
         notes.append(f"host names may not resolve: the image has no {missing}, and its root is read-only")
-    spec = replace(spec, hosts_files=kept)
+    spec = spec._replace(hosts_files=kept)
     mounted: list[str] = []
     for mount in all_mounts(spec):
         if not forbidden_place(mount.destination, mounted) and not _place_fits(mount, root):

@@ -19,6 +19,8 @@ EXIT_BUG = 4  # mount(8): "internal mount bug"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; every failure is one line on standard error."""
+    if arguments is None:  # as a program, not from one
+        from lazyfs import quickstart  # noqa: F401
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except LazyfsError as error:

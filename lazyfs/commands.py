@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from lazyfs import evict, paths
+from lazyfs import evict, paths, quickstart
 from lazyfs.cache import BlockCache
 from lazyfs.core.erofsread import ErofsReader
 from lazyfs.core.oci import parse_config
@@ -266,6 +266,7 @@ def _du(store: BlockCache, as_json: bool) -> int:
 
 def run_async(work: Callable[[], Awaitable[None]]) -> None:
     """Runs one async job; an error of a nursery inside comes out as itself."""
+    quickstart.finish()
     try:
         trio.run(work)
     except trio.TooSlowError:

@@ -14,7 +14,7 @@ import time
 from lazyfs import paths
 from lazyfs.control import Connection, DaemonGone
 from lazyfs.errors import HostError
-from lazyfs.process import environment, python_command
+from lazyfs.process import environment, find_program, python_command
 
 START_DEADLINE_S = 20.0  # starting Python and binding a socket takes 0.1 s; a loaded host may need longer
 END_DEADLINE_S = 5.0
@@ -107,9 +107,7 @@ def service_manager_prefix(runtime: str, membership: str = "/proc/self/cgroup") 
         return []
     if not in_mount_unit or os.geteuid() != 0:
         return []
-    from shutil import which
-
-    runner = which("systemd-run", path="/usr/bin:/bin")
+    runner = find_program("systemd-run", more="/usr/bin:/bin")
     if runner is None:
         return []
     # --scope runs the command as our child, with our output, in a control group of its own.

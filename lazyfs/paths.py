@@ -43,12 +43,9 @@ def uppers_directory(cache: str) -> str:
 
 
 def key_of(cache: str) -> str:
-    try:
-        from _sha256 import sha256  # type: ignore[import-not-found]  # hashlib loads OpenSSL: 8 ms of a mount
-    except ImportError:  # Python 3.12 and later
-        from hashlib import sha256
-    digest: str = sha256(os.fsencode(os.path.realpath(cache))).hexdigest()
-    return digest[:_KEY_CHARACTERS]
+    from lazyfs.core.lightsha import light_sha256
+
+    return light_sha256(os.fsencode(os.path.realpath(cache)))[:_KEY_CHARACTERS]
 
 
 def _bases() -> list[str]:

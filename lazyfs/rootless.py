@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import shutil
 from collections.abc import Sequence
 
+from lazyfs.process import find_program
 from lazyfs.specmounts import IdRange
 
 _MAX_SUBID_BYTES = 1 << 20
@@ -21,7 +21,7 @@ def rootless_ranges() -> tuple[tuple[IdRange, ...], tuple[IdRange, ...]]:
     with contextlib.suppress(KeyError):
         names.append(pwd.getpwuid(uid).pw_name)
     uids, gids = _subordinate("/etc/subuid", names), _subordinate("/etc/subgid", names)
-    if not (uids and gids and shutil.which("newuidmap") and shutil.which("newgidmap")):
+    if not (uids and gids and find_program("newuidmap") and find_program("newgidmap")):
         uids = gids = ()
     return (IdRange(0, uid, 1), *uids), (IdRange(0, gid, 1), *gids)
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from lazyfs.errors import HostError
+from lazyfs.process import find_program
 
 GRACE_S = 10.0
 _COMMAND_S = 20.0
@@ -60,7 +59,7 @@ class Runc:
 
     def __init__(self, state_directory: str) -> None:
         """`state_directory`: runc's --root."""
-        program = shutil.which("runc") or shutil.which("runc", path="/usr/local/sbin:/usr/sbin:/sbin")
+        program = find_program("runc", more="/usr/local/sbin:/usr/sbin:/sbin")
         if program is None:
             raise HostError("runc is not installed", "install the package runc")
         self._program = program
@@ -135,6 +134,8 @@ class Runc:
 
     def _call(self, *arguments: str) -> str:
         """ "" or why it failed."""
+        import subprocess  # here: few containers have to be killed or deleted, and it takes milliseconds
+
         try:
             done = subprocess.run(
                 self._command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, timeout=_COMMAND_S

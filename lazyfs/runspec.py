@@ -14,8 +14,7 @@ checked for sense only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lazyfs.accounts import MAX_ID, Account
 from lazyfs.core.oci import ImageConfig
@@ -78,8 +77,7 @@ _LABEL_NAMES = frozenset(
 MAX_LABEL_BYTES = 16384
 
 
-@dataclass(frozen=True, slots=True)
-class SpecOptions:
+class SpecOptions(NamedTuple):
     """What the user asked for, and what the caller knows of the host. The defaults change nothing.
 
     `command` replaces the image's Cmd; `entrypoint` replaces its Entrypoint and drops its Cmd. `env` entries

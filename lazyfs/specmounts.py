@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lazyfs.core.oci import ImageConfig
 from lazyfs.errors import ImageError, UserError
@@ -22,8 +22,7 @@ _BIND_OPTIONS = _PROPAGATION | _TMPFS_FLAGS | {"rro"}
 _TMPFS_SETTINGS = frozenset({"size", "mode", "uid", "gid", "nr_inodes"})
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """One entry of the runtime configuration's `mounts`. `source` is a host path for type "bind"."""
 
     destination: str
@@ -32,8 +31,7 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class IdRange:
+class IdRange(NamedTuple):
     """`size` ids from `container_id` on are the host's from `host_id` on (user_namespaces(7))."""
 
     container_id: int

@@ -121,14 +121,20 @@ def failures(results: Results) -> str:
 
 def missing(results: Results) -> str:
     """Images and cells without a sample, though others of the same link and operation have one."""
-    lines = []
     names = [w for kind in results.kinds for w in results.workloads(kind)]
+    # What is missing the same workloads stands in one line.
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for link in results.link_names:
         for operation in OPERATIONS:
             for mode in linktables.modes_of(results, link, operation, names):
                 absent = [cells.text(w) for w in names if not results.good(w, link, mode, operation)]
                 if absent:
-                    lines.append(f"- {link}, {operation}, {mode}: {', '.join(absent)}")
+                    group = groups.setdefault((link, ", ".join(absent)), {})
+                    group.setdefault(operation, []).append(mode)
+    lines = []
+    for (link, absent_names), found in groups.items():
+        what = "; ".join(f"{operation} by {', '.join(modes)}" for operation, modes in found.items())
+        lines.append(f"- {link} ({what}): {absent_names}")
     never = [operation for operation in OPERATIONS if not any(s.operation == operation for s in results.samples)]
     if results.samples and never:
         lines.append(f"- no workload at all: {', '.join(never)}")

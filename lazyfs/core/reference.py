@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lazyfs.errors import UserError
 
@@ -29,8 +29,7 @@ _UNSUPPORTED = ("oci-archive:", "docker-archive:", "docker-daemon:", "containers
 DOCKER_HUB = "docker.io"
 
 
-@dataclass(frozen=True)
-class RegistryReference:
+class RegistryReference(NamedTuple):
     """An image in a registry. `registry` is host[:port] as users write it (docker.io, not its API host)."""
 
     registry: str
@@ -48,8 +47,7 @@ class RegistryReference:
         return f"{self.registry}/{self.repository}{tag}" + (f"@{self.digest}" if self.digest else "")
 
 
-@dataclass(frozen=True)
-class DirectoryReference:
+class DirectoryReference(NamedTuple):
     """An image in an OCI image layout. `ref` is its name there, or a digest; None = the only one."""
 
     path: str
@@ -62,14 +60,13 @@ class DirectoryReference:
 
     def absolute(self, working_dir: str) -> DirectoryReference:
         """The same with an absolute path; needed before it is handed to another process."""
-        return replace(self, path=posixpath.normpath(posixpath.join(working_dir, self.path)))
+        return self._replace(path=posixpath.normpath(posixpath.join(working_dir, self.path)))
 
     def __str__(self) -> str:
         return f"oci:{self.path}{_suffix(self.ref)}"
 
 
-@dataclass(frozen=True)
-class WebReference:
+class WebReference(NamedTuple):
     """An image in an OCI image layout behind a web server. `url` is http(s), without a trailing slash."""
 
     url: str

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "lazyfs"
 # From the bottom up. DESIGN.md, "Layout", says what each group is for.
 ORDER = """
 errors process quickstart
-core.reference core.oci
+core.reference core.lightsha core.oci
 core.pax core.tar core.tree core.erofsformat core.erofs core.erofsread
 core.deflate core.blocks core.spans core.sections core.index core.scan core.analysis core.plan
 concurrency linux mountinfo detached host

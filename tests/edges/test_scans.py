@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -85,8 +84,8 @@ async def test_a_layer_of_another_size_is_read(store: BlockCache, tmp_path: Path
     async with localimages.resolved(store, reference) as found:
         config = parse_config(await load_config(store, found))
         (layer,) = found.manifest.layers
-        other = dataclasses.replace(layer, size_bytes=layer.size_bytes - 1)
-        found.manifest = dataclasses.replace(found.manifest, layers=(other,))
+        other = layer._replace(size_bytes=layer.size_bytes - 1)
+        found.manifest = found.manifest._replace(layers=(other,))
         with pytest.raises(ImageError):
             await build_index(found, config, None, scans=store)
 

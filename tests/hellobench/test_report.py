@@ -216,6 +216,8 @@ def test_the_classes_have_tables_of_their_own_and_only_what_ran_is_claimed(measu
     measured.image("perl")  # never measured
     measured.sample("ctr", 5.0, workload="mysql")
     measured.sample("ctr", 5.0, workload="python-fat")
+    for name in ("mysql", "python", "python-fat"):
+        measured.sample("umoci", 6.0, workload=name)
     measured.sample("lazyfs", None, workload="mysql", error="exit 1 | <no such file>\nmore")
     text = report.markdown(measured.load())
     assert "rebuilt: at least one sample of 1 of the paper's 57 workloads, and of 1 fat flavour.\n" in text
@@ -223,9 +225,10 @@ def test_the_classes_have_tables_of_their_own_and_only_what_ran_is_claimed(measu
     same, relatives = text[text.index("### Class E") :].split("### Class N")
     assert "mysql" not in same and "| python-fat (fat) |" in same and "| mysql |" in relatives
     assert row(text, "## What ran", "wan")[:3] == ["wan", "ctr", "3 x 1 to 3"]
-    assert "1 of 12 samples failed." in text
+    assert "1 of 15 samples failed." in text
     assert r"| exit 1 \| &lt;no such file> more | 1 |" in text
-    assert "- wan, deployment, lazyfs: perl, python-fat, mysql" in text
+    assert "- wan (deployment by lazyfs): perl, python-fat, mysql\n" in text
+    assert "- wan (deployment by ctr, umoci): perl\n" in text
     assert "- no workload at all: second, development" in text
 
 
