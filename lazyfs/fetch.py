@@ -333,26 +333,30 @@ class LayerFetcher:
         last = run[-1]
         flight = self._flights[spans, last.number]
         begin = self._flights[spans, run[0].number].begin
-        fresh = [await self._decoder(origin, span) for span in run[1:]]
+        decoders = collections.deque([(span, await self._decoder(origin, span)) for span in run[1:]])
         cursor = self._cursors.get((spans, run[0].number))
         if cursor is None or cursor.tar_at > begin:
             cursor = _Cursor(await self._decoder(origin, run[0]), run[0].blob_start, run[0].tar_start)
         self._cursors.pop((spans, run[0].number), None)
-        decoders = [cursor.decoder, *fresh]
+        decoders.appendleft((run[0], cursor.decoder))
+        final = decoders[-1][1]
         assembler = Assembler(self.layer, self._fragments, cursor.tar_at)
         end = spans.blob_end_for(last, flight.target)
         kept = (run[0].number, cursor)  # as far as the last request led
         blob_at = cursor.blob_at
 
         def decode(data: bytes, start: int) -> None:
-            for span, decoder in zip(run, decoders, strict=True):
+            while True:
+                span, decoder = decoders[0]
                 piece = data[max(0, span.blob_start - start) : max(0, span.blob_end - start)]
-                if not piece or decoder.done:
-                    continue
-                for raw in decoder.feed(piece):
-                    assembler.add(raw)
-                if span is not last:
-                    decoder.finish()
+                if piece and not decoder.done:
+                    for raw in decoder.feed(piece):
+                        assembler.add(raw)
+                    if span is not last:
+                        decoder.finish()
+                if span is last:
+                    return
+                decoders.popleft()  # 0.1 MB each, and a run has dozens
 
         # One request, but for a span that is larger than that (a layer of a single zstd frame).
         while assembler.at < flight.target and blob_at < last.blob_end:
@@ -367,10 +371,10 @@ class LayerFetcher:
                 raise
             await trio.to_thread.run_sync(decode, data, blob_at, limiter=self._limits.decoders)
             blob_at = stop
-            kept = (last.number, _Cursor(decoders[-1], blob_at, assembler.at))
+            kept = (last.number, _Cursor(final, blob_at, assembler.at))
             flight.tell()
         if assembler.at >= last.tar_end or blob_at >= last.blob_end:
-            decoders[-1].finish()
+            final.finish()
         elif not assembler.bad:
             self._keep(spans, *kept)
         return assembler.bad

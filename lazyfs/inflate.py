@@ -125,17 +125,14 @@ class SpanDecoder:
     def __init__(self, compression: Compression, span: Span, window: bytes = b"") -> None:
         self._left = span.tar_end - span.tar_start
         self._shift = span.shift
-        if compression is Compression.PLAIN:
-            self._decode = self._plain
-        elif compression is Compression.GZIP:
-            self._decode = self._gunzip
+        self._compression = compression
+        if compression is Compression.GZIP:
             self._inflater = isal_zlib.decompressobj(-15, zdict=window)
             self._entered = False
             self._first_member = True
             self._between = b""  # trailer and header between two gzip members, gathered
             self._rest = b""
-        else:
-            self._decode = self._unzstd
+        elif compression is Compression.ZSTD:
             self._zstd = _zstd_decoder()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -160,8 +157,11 @@ class SpanDecoder:
                 "a range of the layer decodes to less than its index says", "index the image again"
             )
 
-    def _plain(self, data: bytes) -> Iterator[bytes]:
-        yield data
+    def _decode(self, data: bytes) -> Iterator[bytes]:
+        # Not a bound method kept in the object: with its memory it would wait for the cycle collector.
+        if self._compression is Compression.PLAIN:
+            return iter((data,))
+        return self._gunzip(data) if self._compression is Compression.GZIP else self._unzstd(data)
 
     def _gunzip(self, data: bytes) -> Iterator[bytes]:
         if not self._entered:

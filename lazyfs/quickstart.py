@@ -13,6 +13,7 @@ gc.disable()
 
 
 def finish() -> None:
-    """The collector works from now on; what there is by now it never looks at."""
+    """The collector works from now on; what there is by now it never looks at, garbage aside."""
+    gc.collect()
     gc.freeze()
     gc.enable()

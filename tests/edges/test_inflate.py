@@ -5,12 +5,14 @@ noticed.
 from __future__ import annotations
 
 import functools
+import gc
 import gzip
 import random
 import resource
 import struct
 import subprocess
 import sys
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,6 +230,23 @@ def test_a_span_may_be_left_at_every_milestone_and_gone_on_with(name: str) -> No
             blob_at, tar_at = end, tar_at + len(part)
             assert tar_at >= stop  # no byte is held back
         decoder.finish()
+
+
+@pytest.mark.parametrize("name", BLOBS)
+def test_a_decoder_goes_with_its_last_user(name: str) -> None:
+    """And does not wait for the cycle collector, which sees nothing of the 0.1 MB that it has."""
+    inflated = inflated_blob(name)
+    span = inflated.spans[0]
+    gc.disable()
+    try:
+        decoder = inflated.decoder(0)
+        for _ in decoder.feed(inflated.blob[span.blob_start : span.blob_end]):
+            pass
+        gone = weakref.ref(decoder)
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
