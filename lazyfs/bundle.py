@@ -165,9 +165,9 @@ def _prepare_directory(directory: str) -> bool:
 
 
 def delete_bundle(directory: str, keep_itself: bool = False) -> None:
-    """Deletes the bundle with all that the container wrote, never what is mounted below it. By
-    rm(1), which no symlink misleads and whose depth of directories has no limit (a container may nest them
-    beyond Python's recursion)."""
+    """Deletes the bundle with all that the container wrote, never what is mounted below it. What the container
+    wrote, by rm(1), which no symlink misleads and whose depth of directories has no limit (a container may nest
+    them beyond Python's recursion)."""
     if below := [mount.mountpoint for mount in mount_table() if mount.mountpoint.startswith(f"{directory}/")]:
         raise HostError(f"{directory} is kept: {below[0]} is still mounted", f"umount {below[0]}")
     _unlink_own(directory)

@@ -356,7 +356,7 @@ class LayerFetcher:
                         decoder.finish()
                 if span is last:
                     return
-                decoders.popleft()  # 0.1 MB each, and a run has dozens
+                decoders.popleft()  # 0.1 MB each, and a run may have a dozen
 
         # One request, but for a span that is larger than that (a layer of a single zstd frame).
         while assembler.at < flight.target and blob_at < last.blob_end:

@@ -11,6 +11,7 @@ from benchmarks.hellobench.summary import (
     DEVELOPMENT,
     EAGER,
     FRESH,
+    LINKS,
     LOCAL,
     OPERATIONS,
     OURS,
@@ -18,6 +19,7 @@ from benchmarks.hellobench.summary import (
     Results,
     Speedup,
     median,
+    order,
 )
 from benchmarks.hellobench.workloads import CATEGORIES
 
@@ -80,6 +82,18 @@ def deployment(results: Results, link: str, names: Names) -> str:
         )
     header = ["workload", "image MB", "needed MB", "limit s", *(f"{mode} s" for mode in modes), *_against(eager)]
     return table(header, rows)
+
+
+def limits(results: Results, names: Names) -> str:
+    """The limit of each workload on every link whose speed is known, whether it ran there or not, and its parts."""
+    links = order((record.link for record in results.links), LINKS)
+    rows = []
+    for name in names:
+        image, found = results.images.get(name), [results.limit(name, link) for link in links]
+        if image is not None and any(limit is not None for limit in found):
+            needed, local = cells.megabytes(image.needed_compressed_bytes), cells.digits(results.local(name))
+            rows.append([named(results, name), needed, local, *map(cells.digits, found)])
+    return table(["workload", "needed MB", "local start s", *(f"limit {link} s" for link in links)], rows)
 
 
 def second(results: Results, link: str, names: Names) -> str:

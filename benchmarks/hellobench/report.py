@@ -48,6 +48,7 @@ def markdown(results: Results, figures: Sequence[tuple[str, str]] = ()) -> str:
         ran.failures(results),
         ran.missing(results),
         f"{DEFINITIONS}\n\n" if results.samples else "",
+        limits(results),
         *(of_link(results, link) for link in results.link_names),
         memory(results),
         reading(results),
@@ -56,6 +57,14 @@ def markdown(results: Results, figures: Sequence[tuple[str, str]] = ()) -> str:
         cells.section("## Figures", *(f"![{text}]({name})\n\n*{text}*" for name, text in figures)),
     ]
     return "".join(parts).rstrip("\n") + "\n"
+
+
+def limits(results: Results) -> str:
+    """One table of all links for each class."""
+    tables = [(kind, linktables.limits(results, results.workloads(kind))) for kind in results.kinds]
+    return cells.section(
+        "## The limit: what no system could beat", *(_titled(ran.class_title(kind), body) for kind, body in tables)
+    )
 
 
 def of_link(results: Results, link: str) -> str:

@@ -197,6 +197,7 @@ def test_the_tables_of_a_link(measured: File) -> None:
         measured.sample("lazyfs", 2.0, number, operation=SECOND, pull_s=None, bytes_fetched=1_000_000)
     text = report.markdown(measured.load())
     assert row(text, "## Links", "wan")[1:] == ["50", "40.0", "80 %", "20", "20", "1"]
+    assert row(text, "## The limit", "python")[1:] == ["10.0", "0.50", "2.56"]
     assert "## Link wan (40.0 Mbit/s, 20 ms measured)" in text
     assert row(text, "**Deployment", "python")[1:] == [
         "50.0", "10.0", "2.56", "9.00 (10.0) n=3, 3.52x", "3.00 (20.0) n=3, 1.17x", "3.33x n=3",
