@@ -132,6 +132,13 @@ def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _about_an_image(command: argparse.ArgumentParser) -> None:
+    """The arguments of commands that look at an image without mounting it."""
+    command.add_argument("image", metavar="IMAGE", help=_IMAGE)
+    _mount_options(command)
+    _json(command)
+
+
 def _cache_directory(command: argparse.ArgumentParser, what: str = "the cache directory") -> None:
     command.add_argument("--cache", metavar="DIR", help=what)
 
@@ -200,11 +207,9 @@ def _index(add: _Add) -> None:
         "build the index of an image, and attach it in the registry",
         "  lazyfs index registry.example/app:1 --push\n  lazyfs index oci:layout:app --output /tmp/index\n",
     )
-    index.add_argument("image", metavar="IMAGE", help=_IMAGE)
     index.add_argument("--push", action="store_true", help="attach it to the image, in the image's registry")
     index.add_argument("--output", metavar="DIR", help="write it to DIR")
-    _mount_options(index)
-    _json(index)
+    _about_an_image(index)
 
 
 def _inspect(add: _Add) -> None:
@@ -213,9 +218,7 @@ def _inspect(add: _Add) -> None:
         "show an image's layers and sizes, and whether it has an index",
         "  lazyfs inspect debian:12\n",
     )
-    inspect.add_argument("image", metavar="IMAGE", help=_IMAGE)
-    _mount_options(inspect)
-    _json(inspect)
+    _about_an_image(inspect)
 
 
 def _analyze(add: _Add) -> None:
@@ -228,9 +231,7 @@ def _analyze(add: _Add) -> None:
     )
     analyze.usage = "lazyfs analyze [-h] [--plot FILE] [-o OPTIONS] [--json] IMAGE [-- CMD...]"
     analyze.add_argument("--plot", metavar="FILE", help="draw it, too (PNG, SVG or PDF; needs matplotlib)")
-    analyze.add_argument("image", metavar="IMAGE", help=_IMAGE)
-    _mount_options(analyze)
-    _json(analyze)
+    _about_an_image(analyze)
 
 
 def _stats(add: _Add) -> None:

@@ -352,10 +352,9 @@ class LayerFetcher:
                 if piece and not decoder.done:
                     for raw in decoder.feed(piece):
                         assembler.add(raw)
-                    if span is not last:
-                        decoder.finish()
                 if span is last:
                     return
+                decoder.finish()
                 decoders.popleft()  # 0.1 MB each, and a run may have a dozen
 
         # One request, but for a span that is larger than that (a layer of a single zstd frame).

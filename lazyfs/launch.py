@@ -107,7 +107,7 @@ def service_manager_prefix(runtime: str, membership: str = "/proc/self/cgroup") 
         return []
     if not in_mount_unit or os.geteuid() != 0:
         return []
-    runner = find_program("systemd-run", more="/usr/bin:/bin")
+    runner = find_program("systemd-run", "/usr/bin:/bin")
     if runner is None:
         return []
     # --scope runs the command as our child, with our output, in a control group of its own.

@@ -13,7 +13,6 @@ gc.disable()
 
 
 def finish() -> None:
-    """The collector works from now on; what there is by now it never looks at, garbage aside."""
-    gc.collect()
+    """The collector works from now on; what there is by now it never looks at."""
     gc.freeze()
     gc.enable()
