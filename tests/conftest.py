@@ -20,9 +20,11 @@ from lazyfs import paths
 from tests import leaks
 from tests.servers import RegistryServer
 
-# A shell starts what it puts in the background with SIGINT ignored, and so would be everything that is tested.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts what it puts in the background with SIGINT ignored, nohup what it starts with SIGHUP, and so would
+# be everything that is tested.
+for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_DEADLINE_S = 90.0
