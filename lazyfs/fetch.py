@@ -17,7 +17,7 @@ import trio
 
 from lazyfs.assemble import Assembler, Fragments
 from lazyfs.cachelayer import CachedLayer
-from lazyfs.core.plan import REQUEST_BYTES, SLACK_BYTES, Readahead, next_run, spans_for_block
+from lazyfs.core.plan import REQUEST_BYTES, Readahead, next_run, slack_bytes, spans_for_block
 from lazyfs.core.spans import Compression, Span, SpanTable
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError
 from lazyfs.inflate import SpanDecoder
@@ -131,6 +131,7 @@ class LayerFetcher:
         self._wanted: collections.defaultdict[SpanTable, set[int]] = collections.defaultdict(set)
         self._flights: dict[tuple[SpanTable, int], _Flight] = {}
         self._launched = 0  # flights so far
+        self._demanded_bytes = 0  # of blocks that were missing when they were read
         # Owned by the flight of its span while there is one. The most recently used are kept.
         self._cursors: collections.OrderedDict[tuple[SpanTable, int], _Cursor] = collections.OrderedDict()
         self._fragments = Fragments(layer)
@@ -143,6 +144,7 @@ class LayerFetcher:
         """
         launched_before = self._launched
         first, rounds = -1, 0
+        self._demanded_bytes += sum(self.layer.table.lengths[block] for block in self.layer.missing(blocks))
         while missing := self.layer.missing(blocks):
             if missing[0] != first:
                 first, rounds = missing[0], 0
@@ -198,7 +200,7 @@ class LayerFetcher:
         first_flight: _Flight | None = None
         spare: _Flight | None = None  # perhaps just publishing it
         for block in missing:
-            target = self._end_of(block) + SLACK_BYTES
+            target = self._end_of(block) + slack_bytes(self._demanded_bytes)
             for number in spans_for_block(self.layer.table, spans, block):
                 flight = self._flights.get((spans, number))
                 begin = self._fragments.lacks_from(block, spans[number])

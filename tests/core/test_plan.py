@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 from lazyfs.core.blocks import BlockTable, BlockTableBuilder
 from lazyfs.core.plan import (
     MAX_AHEAD_BYTES,
+    MAX_SLACK_BYTES,
+    MIN_SLACK_BYTES,
     MIN_STREAK_BYTES,
     REQUEST_BYTES,
     Readahead,
     next_run,
+    slack_bytes,
     spans_for_block,
 )
 from lazyfs.core.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, SpanTable, encode_points
@@ -55,6 +58,14 @@ def test_a_block_lies_in_one_span_or_straddles_two() -> None:
     table = BlockTable(builder.finish(1 << 20))
     spans = SpanTable(Compression.PLAIN, 1 << 20, 1 << 20)
     assert [spans_for_block(table, spans, block) for block in (0, 1)] == [range(0, 1), range(0, 2)]
+
+
+@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_slack_grows_with_the_demand_within_bounds(one: int, other: int) -> None:
+    little, much = sorted((one, other))
+    assert MIN_SLACK_BYTES <= slack_bytes(little) <= slack_bytes(much) <= MAX_SLACK_BYTES
+    assert slack_bytes(little) <= max(MIN_SLACK_BYTES, little // 8)
+
 
 def demand(readahead: Readahead, start: int, end: int) -> int:
     """How many bytes are fetched ahead."""
