@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -17,20 +16,19 @@ from lazyfs.cache import BlockCache
 from lazyfs.core.erofsread import ErofsReader
 from lazyfs.core.oci import parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError, UserError
-from lazyfs.indexer import BuiltIndex, build_index
+from lazyfs.firstindex import make_index
+from lazyfs.indexer import BuiltIndex
 from lazyfs.options import MountOptions
 from lazyfs.progress import LayerBars
-from lazyfs.publish import attach_index, windows_digest, write_layout
+from lazyfs.publish import attach_index, write_layout
 from lazyfs.report import human_bytes, table
 from lazyfs.resolve import (
     ImageOptions,
     NeedsIndexError,
     Resolved,
     has_index,
-    keep_index,
     load_config,
     load_index,
-    make_index_directory,
     resolve,
 )
 
@@ -133,12 +131,7 @@ async def build(
     # default, is too long (measured: 97 against 104 MB/s).
     sys.setswitchinterval(0.0005)
     with LayerBars(None if quiet else sys.stderr) as bars:
-        built = await build_index(resolved, config, cache if fill else None, bars.update, cache)
-    groups = os.path.join(make_index_directory(cache, resolved.manifest_digest), "groups")
-    for offset, group in built.window_groups.items():
-        cache.write_atomically(os.path.join(groups, str(offset)), group)
-    keep_index(cache, resolved.manifest_digest, built.index, windows_digest(built))
-    return built
+        return await make_index(cache, resolved, config, fill=fill, on_progress=bars.update)
 
 
 def inspect(args: argparse.Namespace) -> int:

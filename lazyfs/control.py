@@ -93,6 +93,7 @@ class RequestOptions(NamedTuple):
     platform: str | None = None
     ca_files: tuple[str, ...] = ()
     auth_files: tuple[str, ...] | None = None  # None: the usual places
+    push_index: bool = False  # the client makes a missing index, since it pushes it
 
 
 class Attached(NamedTuple):
@@ -235,6 +236,7 @@ def parse_options(value: object) -> RequestOptions:
         platform=None if platform is None else _text(platform, "platform", 100),
         ca_files=_paths(value.get("ca_files", []), "ca_files"),
         auth_files=None if auth_files is None else _paths(auth_files, "auth_files"),
+        push_index=_boolean(value.get("push_index", False), "push_index"),
     )
 
 

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import hashlib
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import trio
 from lazyfs.cache import BlockCache, lock_shared
 from lazyfs.core.erofsread import ErofsReader
 from lazyfs.core.index import Index
+from lazyfs.core.oci import ImageConfig, parse_config
 from lazyfs.core.spans import WINDOWS_PER_GROUP, SpanTable
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.fetch import FetchLimits, LayerFetcher, LayerHandle, Origin
@@ -130,20 +132,22 @@ class ImageStore:
             except LazyfsError as error:
                 failures.append(error)
 
-        missing: NeedsIndexError | None = None
         index, windows_digest = None, ""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(config)
             try:
                 index, windows_digest = await load_index(self.cache, resolved, offline=options.offline)
-            except NeedsIndexError as error:
-                missing = error
+            except NeedsIndexError:
+                pass
             except LazyfsError as error:
                 failures.append(error)
         if failures:
             raise failures[0]
-        if missing is not None or index is None:
-            raise missing or NeedsIndexError(resolved.manifest_digest)
+        if index is None:
+            if options.offline or options.push_index:
+                raise NeedsIndexError(resolved.manifest_digest)
+            await self._make_index(resolved, results["config"])
+            index, windows_digest = await load_index(self.cache, resolved, offline=True)
         async with self._changing:
             try:
                 image = await trio.to_thread.run_sync(
@@ -155,6 +159,17 @@ class ImageStore:
                 raise
             self.images[resolved.manifest_digest] = image
             return image
+
+    async def _make_index(self, resolved: Resolved, config: bytes) -> None:
+        """Makes a missing index if nearly all of the image was read before; else raises NeedsIndexError."""
+
+        def load() -> Callable[[BlockCache, Resolved, ImageConfig], Awaitable[None]]:
+            from lazyfs.firstindex import make_small_index  # here, in a thread: takes 30 ms, and is rarely wanted
+
+            return make_small_index
+
+        make = await trio.to_thread.run_sync(load)
+        await make(self.cache, resolved, parse_config(config))
 
     def _assemble(
         self, resolved: Resolved, index: Index, windows_digest: str, config: bytes, options: ImageOptions

@@ -104,6 +104,7 @@ class _Job(NamedTuple):
                 "platform": options.platform,
                 "ca_files": list(options.ca_files),
                 "auth_files": list(options.auth_files) or None,
+                "push_index": self.push_index,
             },
             "home": control.environment_home(os.environ),
         }

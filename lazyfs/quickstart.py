@@ -15,4 +15,7 @@ gc.disable()
 def finish() -> None:
     """The collector works from now on; what there is by now it never looks at."""
     gc.freeze()
+    # Not after each 700 objects, Python's default: the tree of an image has ten for each file, none of them garbage
+    # (measured: an index of 33,000 files from kept scans 0.48 s with 700, 0.40 with this, 0.39 without a collector).
+    gc.set_threshold(20_000)
     gc.enable()

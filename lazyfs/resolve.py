@@ -43,7 +43,9 @@ _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """How to reach and open an image. `timeout_s` bounds each read; None for platform means this host's."""
+    """How to reach and open an image. `timeout_s` bounds each read; None for platform means this host's;
+    `push_index`: a missing index is made by the client, who pushes it.
+    """
 
     offline: bool = False
     insecure: bool = False
@@ -51,6 +53,7 @@ class ImageOptions:
     platform: str | None = None
     ca_files: tuple[str, ...] = ()
     auth_files: tuple[str, ...] | None = None
+    push_index: bool = False
     environ: Mapping[str, str] | None = None  # of the user the image is opened for; None: this process's
 
     def source_options(self) -> SourceOptions:

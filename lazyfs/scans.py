@@ -33,6 +33,14 @@ def load_scan(cache: BlockCache, layer: Descriptor, diff_id: str) -> LayerScan |
     return scan if known == (layer.digest, layer.size_bytes, diff_id) else None
 
 
+def scan_bytes(cache: BlockCache, blob_digest: str) -> int | None:
+    """How large the scan of a layer is, or None if there is none."""
+    try:
+        return os.stat(os.path.join(_directory(cache, blob_digest), "scan")).st_size
+    except OSError:
+        return None
+
+
 def keep_scan(cache: BlockCache, scan: LayerScan) -> None:
     """Keep a scan. It only saves time, so a disk that is full is no error."""
     directory = _directory(cache, scan.record.blob_digest)

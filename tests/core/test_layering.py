@@ -19,7 +19,7 @@ core.deflate core.blocks core.spans core.sections core.index core.scan core.anal
 concurrency linux mountinfo detached host
 zstream thinning gzipscan inflate
 transfer urls credentials http download registryauth registry imagelayout source
-cachelayer cache scans evict fill assemble resolve windows fetch indexer publish images
+cachelayer cache scans evict fill assemble resolve windows fetch indexer publish firstindex images
 fuse.wire fuse.devices fuse.tuning fuse.mounting fuse.root
 report progress options paths control controlserver
 keeperlink keeper roots revival daemon fusecontrol fusemount

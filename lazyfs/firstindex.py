@@ -1,0 +1,68 @@
+"""The index of an image that comes without one: made from its layers, and kept in the cache.
+
+Reading whole layers is the work of the command that wants the image, with a bar for each. What is left to do after a
+change of an application, when all but a small layer was read before, is done at once by who opens the image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import trio
+
+from lazyfs.cache import BlockCache
+from lazyfs.core.oci import ImageConfig
+from lazyfs.indexer import BuiltIndex, LayerProgress, build_index
+from lazyfs.publish import windows_digest
+from lazyfs.resolve import NeedsIndexError, Resolved, keep_index, make_index_directory
+from lazyfs.scans import scan_bytes
+
+# A daemon serves others meanwhile: so much is read, decoded and assembled in some tenths of a second (measured: 0.35 s
+# for 33,000 files, whose scans have 3.6 MB).
+_SMALL_BLOB_BYTES = 4 << 20
+_SMALL_PLAIN_BYTES = 32 << 20
+_SMALL_SCANS_BYTES = 4 << 20
+
+
+async def make_index(
+    cache: BlockCache,
+    resolved: Resolved,
+    config: ImageConfig,
+    *,
+    fill: bool,
+    on_progress: Callable[[LayerProgress], None] = lambda progress: None,
+) -> BuiltIndex:
+    """Reads the layers that were not read before and keeps the index; with `fill`, their data, too. LazyfsError."""
+    built = await build_index(resolved, config, cache if fill else None, on_progress, cache)
+    groups = os.path.join(make_index_directory(cache, resolved.manifest_digest), "groups")
+    for offset, group in built.window_groups.items():
+        cache.write_atomically(os.path.join(groups, str(offset)), group)
+    keep_index(cache, resolved.manifest_digest, built.index, windows_digest(built))
+    return built
+
+
+async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageConfig) -> None:
+    """As make_index, data and all, if that is soon done; NeedsIndexError if not, or if small blobs hold much."""
+    unread = await trio.to_thread.run_sync(_unread, cache, resolved)
+    plain_bytes: dict[str, int] = {}
+
+    def watch(layer: LayerProgress) -> None:
+        if layer.digest in unread:
+            plain_bytes[layer.digest] = layer.tar_bytes
+            if sum(plain_bytes.values()) > _SMALL_PLAIN_BYTES:
+                raise NeedsIndexError(resolved.manifest_digest)
+
+    await make_index(cache, resolved, config, fill=True, on_progress=watch)
+
+
+def _unread(cache: BlockCache, resolved: Resolved) -> frozenset[str]:
+    """The layers that were not read before. NeedsIndexError if they, or what is known of the others, are not small."""
+    known = {layer.digest: scan_bytes(cache, layer.digest) for layer in resolved.manifest.layers}
+    unread = {layer.digest: layer.size_bytes for layer in resolved.manifest.layers if known[layer.digest] is None}
+    if (
+        sum(unread.values()) > _SMALL_BLOB_BYTES
+        or sum(size_bytes or 0 for size_bytes in known.values()) > _SMALL_SCANS_BYTES
+    ):
+        raise NeedsIndexError(resolved.manifest_digest)
+    return frozenset(unread)
