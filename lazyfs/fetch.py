@@ -132,6 +132,7 @@ class LayerFetcher:
         self._flights: dict[tuple[SpanTable, int], _Flight] = {}
         self._launched = 0  # flights so far
         self._demanded_bytes = 0  # of blocks that were missing when they were read
+        self._quickest_s = 0.0  # of the requests so far
         # Owned by the flight of its span while there is one. The most recently used are kept.
         self._cursors: collections.OrderedDict[tuple[SpanTable, int], _Cursor] = collections.OrderedDict()
         self._fragments = Fragments(layer)
@@ -200,7 +201,7 @@ class LayerFetcher:
         first_flight: _Flight | None = None
         spare: _Flight | None = None  # perhaps just publishing it
         for block in missing:
-            target = self._end_of(block) + slack_bytes(self._demanded_bytes)
+            target = self._end_of(block) + slack_bytes(self._demanded_bytes, self._quickest_s)
             for number in spans_for_block(self.layer.table, spans, block):
                 flight = self._flights.get((spans, number))
                 begin = self._fragments.lacks_from(block, spans[number])
@@ -409,9 +410,13 @@ class LayerFetcher:
     async def _range(self, origin: Origin, start: int, end: int) -> bytes:
         try:
             with trio.fail_after(self.timeout_s):
-                return await origin.source.blob_range(origin.blob_digest, start, end)
+                begun_s = trio.current_time()
+                data = await origin.source.blob_range(origin.blob_digest, start, end)
         except trio.TooSlowError:
             raise self._too_slow() from None
+        took_s = trio.current_time() - begun_s
+        self._quickest_s = min(self._quickest_s or took_s, took_s)
+        return data
 
 
 class LayerHandle:

@@ -17,7 +17,8 @@ class LazyRunner(Runner):
     """The daemon runs, as containerd does; the cache is empty; the image has its index in the registry.
 
     A pull is a mount. It stays until the host is given up, as a pulled image stays. To create a container is
-    `lazyfs bundle`: it joins the mount, adds a writable overlay and writes the configuration.
+    `lazyfs bundle`: it joins the mount, adds a writable overlay and writes the configuration. Like `ctr container
+    create` it takes the image as it was pulled, and does not ask the registry what the tag is by now (`offline`).
     """
 
     mode = "lazyfs"
@@ -46,7 +47,7 @@ class LazyRunner(Runner):
 
     def create(self, reference: str) -> RuncContainer:
         bundle = self.directory / unique("bundle")
-        run(PROGRAM, "bundle", "-o", self._lazyfs.options("rw", "insecure"), reference, bundle)
+        run(PROGRAM, "bundle", "-o", self._lazyfs.options("rw", "insecure", "offline"), reference, bundle)
         return RuncContainer(bundle, lambda: self._lazyfs.umount(bundle / "rootfs"))
 
     def counters(self) -> Counters:

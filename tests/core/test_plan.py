@@ -60,11 +60,19 @@ def test_a_block_lies_in_one_span_or_straddles_two() -> None:
     assert [spans_for_block(table, spans, block) for block in (0, 1)] == [range(0, 1), range(0, 2)]
 
 
-@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
-def test_slack_grows_with_the_demand_within_bounds(one: int, other: int) -> None:
-    little, much = sorted((one, other))
-    assert MIN_SLACK_BYTES <= slack_bytes(little) <= slack_bytes(much) <= MAX_SLACK_BYTES
-    assert slack_bytes(little) <= max(MIN_SLACK_BYTES, little // 8)
+@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40), st.floats(0, 100), st.floats(0, 100))
+def test_slack_grows_with_the_demand_and_the_distance_within_bounds(
+    one_bytes: int, other_bytes: int, one_s: float, other_s: float
+) -> None:
+    (little, much), (near_s, far_s) = sorted((one_bytes, other_bytes)), sorted((one_s, other_s))
+    slack = slack_bytes(little, near_s)
+    assert MIN_SLACK_BYTES <= slack <= MAX_SLACK_BYTES
+    assert slack <= slack_bytes(much, near_s) and slack <= slack_bytes(little, far_s)
+
+
+def test_a_small_start_near_its_registry_gets_no_more_than_needed() -> None:
+    assert slack_bytes(8 << 20, 0.004) == MIN_SLACK_BYTES
+    assert slack_bytes(24 << 20, 0.004) == slack_bytes(0, 0.04) == MAX_SLACK_BYTES
 
 
 def demand(readahead: Readahead, start: int, end: int) -> int:

@@ -44,7 +44,7 @@ def end_of(it: Rig, block: int) -> int:
 def fetched_to(it: Rig, block: int, *before: int) -> int:
     """Up to where in the plain layer a read of a block fetches, after those `before`."""
     lengths = it.handle.layer.table.lengths
-    return end_of(it, block) + slack_bytes(sum(lengths[one] for one in (block, *before)))
+    return end_of(it, block) + slack_bytes(sum(lengths[one] for one in (block, *before)), 0)
 
 
 def far_apart(it: Rig, spans: SpanTable) -> tuple[Span, int, int]:
@@ -89,6 +89,24 @@ async def test_who_has_read_much_gets_more_at_once() -> None:
         it.handle.fetcher._demanded_bytes = 64 << 20
         await it.read(*it.blocks(one))
         assert it.source.ranges == [(span.blob_start, spans.blob_end_for(span, end_of(it, one) + (1 << 20)))]
+        assert it.handle.layer.has(other)
+
+
+async def test_from_far_away_more_comes_at_once() -> None:
+    """What the first request took tells how far."""
+    async with rig("gzip") as it:
+        spans = stored("gzip").spans
+        span, one, other = far_apart(it, spans)
+        elsewhere = next(number for number in range(len(spans)) if abs(number - span.number) > 1)
+
+        async def late(answer: bytes) -> bytes:
+            await trio.sleep(0.05)
+            return answer
+
+        it.source.faults.append(late)
+        await it.read(*it.blocks(blocks_inside(it, spans[elsewhere])[0]))
+        assert 0.05 <= it.handle.fetcher._quickest_s < 1
+        await it.read(*it.blocks(one))
         assert it.handle.layer.has(other)
 
 
