@@ -71,7 +71,7 @@ def test_slack_grows_with_the_demand_and_the_distance_within_bounds(
 
 
 def test_a_small_start_near_its_registry_gets_no_more_than_needed() -> None:
-    assert slack_bytes(8 << 20, 0.004) == MIN_SLACK_BYTES
+    assert slack_bytes(12 << 20, 0.009) == MIN_SLACK_BYTES
     assert slack_bytes(24 << 20, 0.004) == slack_bytes(0, 0.04) == MAX_SLACK_BYTES
 
 
