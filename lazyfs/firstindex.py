@@ -44,11 +44,12 @@ async def make_index(
 
 async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageConfig) -> None:
     """As make_index, data and all, if that is soon done; NeedsIndexError if not, or if small blobs hold much."""
-    unread = await trio.to_thread.run_sync(_unread, cache, resolved)
+    await trio.to_thread.run_sync(_check_small, cache, resolved)
     plain_bytes: dict[str, int] = {}
 
     def watch(layer: LayerProgress) -> None:
-        if layer.digest in unread:
+        # Layers begin with nothing, but for those that are known: they are there at once.
+        if layer.tar_bytes == 0 or layer.digest in plain_bytes:
             plain_bytes[layer.digest] = layer.tar_bytes
             if sum(plain_bytes.values()) > _SMALL_PLAIN_BYTES:
                 raise NeedsIndexError(resolved.manifest_digest)
@@ -56,13 +57,14 @@ async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageC
     await make_index(cache, resolved, config, fill=True, on_progress=watch)
 
 
-def _unread(cache: BlockCache, resolved: Resolved) -> frozenset[str]:
-    """The layers that were not read before. NeedsIndexError if they, or what is known of the others, are not small."""
-    known = {layer.digest: scan_bytes(cache, layer.digest) for layer in resolved.manifest.layers}
-    unread = {layer.digest: layer.size_bytes for layer in resolved.manifest.layers if known[layer.digest] is None}
-    if (
-        sum(unread.values()) > _SMALL_BLOB_BYTES
-        or sum(size_bytes or 0 for size_bytes in known.values()) > _SMALL_SCANS_BYTES
-    ):
+def _check_small(cache: BlockCache, resolved: Resolved) -> None:
+    """NeedsIndexError if the layers that were not read before, or what is known of the others, are not small."""
+    unread_bytes = scans_bytes = 0
+    for layer in resolved.manifest.layers:
+        known_bytes = scan_bytes(cache, layer.digest)
+        if known_bytes is None:
+            unread_bytes += layer.size_bytes
+        else:
+            scans_bytes += known_bytes
+    if unread_bytes > _SMALL_BLOB_BYTES or scans_bytes > _SMALL_SCANS_BYTES:
         raise NeedsIndexError(resolved.manifest_digest)
-    return frozenset(unread)

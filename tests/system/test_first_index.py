@@ -80,6 +80,16 @@ def test_a_small_blob_that_holds_much_is_read_by_the_command(machine: Host, push
         assert file.read() == bytes(1 << 20)
 
 
+def test_a_large_layer_whose_scan_is_damaged_is_read_by_the_command(machine: Host, pushed: Push) -> None:
+    base = LayerTar().file("zeros", bytes(48 << 20))
+    assert mount(machine, pushed("v1", base))[1]
+    (scan,) = (machine.cache / "scans").glob("*/scan")
+    scan.write_bytes(b"")
+    target, said = mount(machine, pushed("v2", base, LayerTar().file("added", b"data")))
+    assert said
+    assert (target / "added").read_bytes() == b"data" and (target / "zeros").stat().st_size == 48 << 20
+
+
 def test_an_index_that_is_to_be_pushed_is_pushed(
     machine: Host, proxy: FaultProxy, pushed: Push, lazyfs: Lazyfs, tmp_path: Path
 ) -> None:
