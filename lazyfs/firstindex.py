@@ -23,6 +23,8 @@ from lazyfs.scans import scan_bytes
 _SMALL_BLOB_BYTES = 4 << 20
 _SMALL_PLAIN_BYTES = 32 << 20
 _SMALL_SCANS_BYTES = 4 << 20
+# Over a link on which even that takes longer, the command does it: it waits as long as something comes, and shows it.
+_SMALL_S = 5.0
 
 
 async def make_index(
@@ -54,7 +56,10 @@ async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageC
             if sum(plain_bytes.values()) > _SMALL_PLAIN_BYTES:
                 raise NeedsIndexError(resolved.manifest_digest)
 
-    await make_index(cache, resolved, config, fill=True, on_progress=watch)
+    with trio.move_on_after(_SMALL_S) as limit:
+        await make_index(cache, resolved, config, fill=True, on_progress=watch)
+    if limit.cancelled_caught:
+        raise NeedsIndexError(resolved.manifest_digest)
 
 
 def _check_small(cache: BlockCache, resolved: Resolved) -> None:

@@ -17,8 +17,8 @@ MIN_SLACK_BYTES = 4 << 10
 MAX_SLACK_BYTES = 1 << 20
 # It grows once so much of a layer was demanded, by this share of what was demanded beyond that. Measured over the LAN,
 # 4 KiB always and with this: golang 281 and 231 requests (3 % more bytes), nodejs 150 and 131 (5 %), haskell 368 and
-# 268 (3 %), runs 9 to 14 % shorter; starts that read less stay as they were. From 8 MiB on: 228, 127, 259 requests, but
-# `make bench`'s python start fetches 9.6 % of its image for 9.1; a sixteenth of all demand: 10.7 %.
+# 268 (3 %), runs 9 to 14 % shorter (single starts); those that read less stay as they were. From 8 MiB on: 228,
+# 127, 259 requests, but `make bench`'s python start fetches 9.6 % of its image for 9.1; a sixteenth of all: 10.7 %.
 _SMALL_START_BYTES = 12 << 20
 _SLACK_SHARE = 8
 

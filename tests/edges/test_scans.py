@@ -11,8 +11,9 @@ from lazyfs.cache import BlockCache
 from lazyfs.core.oci import parse_config
 from lazyfs.errors import ImageError
 from lazyfs.evict import collect, entries
+from lazyfs.firstindex import make_small_index
 from lazyfs.indexer import BuiltIndex, build_index
-from lazyfs.resolve import load_config
+from lazyfs.resolve import NeedsIndexError, has_index, load_config
 from tests.edges import localimages
 from tests.edges.localimages import big_layer, empty_layer, small_layer, write_image
 
@@ -52,6 +53,20 @@ async def test_only_new_layers_are_read(store: BlockCache, tmp_path: Path) -> No
     assert read == [1]
     assert (await build(store, second, None)) == (built, [0, 1, 2])
     assert (await build(store, second, store)) == (built, [])
+
+
+async def test_a_small_index_that_takes_long_is_left_to_the_command(
+    store: BlockCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is kept, and the next try may be in time."""
+    async with localimages.resolved(store, write_image(tmp_path / "image", [small_layer()])) as found:
+        config = parse_config(await load_config(store, found))
+        with monkeypatch.context() as patch, pytest.raises(NeedsIndexError):
+            patch.setattr("lazyfs.firstindex._SMALL_S", 0.0)
+            await make_small_index(store, found, config)
+        assert not has_index(store, found.manifest_digest)
+        await make_small_index(store, found, config)
+        assert has_index(store, found.manifest_digest)
 
 
 @pytest.mark.parametrize("content", [b"", b"noise", None])

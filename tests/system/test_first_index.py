@@ -43,7 +43,7 @@ def mount(machine: Host, image: str, *more: str) -> tuple[Path, bool]:
 
 
 def fetched_blobs(proxy: FaultProxy) -> int:
-    """Layers that were asked for since the proxy was cleared; configs are smaller, and documents no blobs."""
+    """Configs, indexes and layers, whole or in part, that were asked for since the proxy was cleared."""
     return len(proxy.matching("GET", "/blobs/"))
 
 
