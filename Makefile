@@ -24,7 +24,7 @@ demo: setup
 
 ## test: run all tests; ARGS are pytest's (make test ARGS="-k cache -x")
 test: setup
-	$(PYTHON) -m tests.images
+	$(PYTHON) -m tests.realimages
 	$(PYTHON) -m pytest $(ARGS)
 
 ## lint: ruff and mypy --strict

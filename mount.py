@@ -3,7 +3,7 @@
 
 import sys
 
-from lazyfs.cli import main
+from lazyfs.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["mount", *sys.argv[1:]]))

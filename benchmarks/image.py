@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.images import BUILD_DEADLINE_S, ENVIRONMENT, bootstrap, built
 from tests.layertar import MTIME_S
 from tests.layout import CHUNK_BYTES, GZIP, PLAIN, Layout
+from tests.realimages import BUILD_DEADLINE_S, ENVIRONMENT, bootstrap, built
 
 __all__ = ["BUILD_DEADLINE_S", "BenchmarkImage", "interpreters", "large_file"]
 

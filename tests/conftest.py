@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs import paths
+from lazyfs.control import rundir
 from tests import leaks
 from tests.servers import RegistryServer
 
@@ -94,7 +94,7 @@ def lazyfs() -> Lazyfs:
     ) -> subprocess.CompletedProcess[str]:
         words = [str(argument) for argument in arguments]
         result = subprocess.run(
-            [sys.executable, "-m", "lazyfs.cli", *words],
+            [sys.executable, "-m", "lazyfs.commands.main", *words],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -112,10 +112,10 @@ def lazyfs() -> Lazyfs:
 def stop_daemon(cache: Path) -> None:
     """Ask the cache directory's daemon to end, if there is one; the leak check waits until it has."""
     for base in (leaks.RUNTIME_ROOT, Path(os.environ.get("XDG_RUNTIME_DIR", "/run"), "lazyfs")):
-        runtime = base / paths.key_of(str(cache))
+        runtime = base / rundir.key_of(str(cache))
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(leaks.DEADLINE_S)
-            connection.connect(paths.control_socket(str(runtime)))
+            connection.connect(rundir.control_socket(str(runtime)))
             connection.sendall(json.dumps({"op": "stop"}).encode() + b"\n")
             connection.recv(4096)
         shutil.rmtree(runtime, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""A stand-in for lazyfs.keeper and lazyfs.fusemount: a real process that speaks the control protocol.
+"""A stand-in for lazyfs.daemon.keeper and lazyfs.daemon.fuseworker: a real process that speaks the control protocol.
 
-    fakedaemon.py lazyfs.keeper --cache DIR --runtime DIR
-    fakedaemon.py lazyfs.fusemount --cache DIR --runtime DIR --status-fd N -- IMAGE TARGET
+    fakedaemon.py lazyfs.daemon.keeper --cache DIR --runtime DIR
+    fakedaemon.py lazyfs.daemon.fuseworker --cache DIR --runtime DIR --status-fd N -- IMAGE TARGET
 
 It hands out mounts of the EROFS image CACHE/indexes/fake/namespace.erofs, which the test has made. The image
 name says how it behaves:  indexed | unindexed | broken | hostproblem | dies | dies-once | leaves
@@ -19,11 +19,11 @@ import sys
 import threading
 from pathlib import Path
 
-from lazyfs import control
-from lazyfs.detached import attach, clone_mount, erofs_mount_detached
+from lazyfs.control import messages
 from lazyfs.errors import HostError, RemoteError
-from lazyfs.linux import MNT_DETACH, umount2
-from lazyfs.mountinfo import mounts
+from lazyfs.system.detached import attach, clone_mount, erofs_mount_detached
+from lazyfs.system.mountapi import MNT_DETACH, umount2
+from lazyfs.system.mountinfo import mounts
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -64,7 +64,7 @@ class Fake:
         }
 
     def serve(self, connection: socket.socket) -> None:
-        lines = control.LineBuffer()
+        lines = messages.LineBuffer()
         with connection:
             while True:
                 while (line := lines.next_line()) is None:
@@ -75,59 +75,59 @@ class Fake:
                 self.answer(connection, line)
 
     def answer(self, connection: socket.socket, line: bytes) -> None:
-        message = control.decode(line)
+        message = messages.decode(line)
         if "attached" in message:
-            control.parse_attached(message["attached"])
+            messages.parse_attached(message["attached"])
             self.targets.append(message["attached"])
             self.say(attached=message["attached"], op=message.get("op"))
-            connection.sendall(control.ok())
+            connection.sendall(messages.ok())
             return
-        request = control.parse_request(line)
+        request = messages.parse_request(line)
         self.say(op=request.op, image=request.image, timeout_s=request.options.timeout_s)
         if request.op in ("mount", "fuse_mount"):
             self.mount(connection, request)
         elif request.op == "list":
             entries = [self.entry()] if self.mount_fd is not None else []
-            connection.sendall(control.ok(cache=str(self.cache), mounts=entries))
+            connection.sendall(messages.ok(cache=str(self.cache), mounts=entries))
         elif request.op == "stats" and request.dev is not None:
             known = {self.dev(), *(target["dev"] for target in self.targets)}
-            if control.format_dev(request.dev) in known:
-                connection.sendall(control.ok(image=self.image, bytes_fetched=1234567, requests=3))
+            if messages.format_dev(request.dev) in known:
+                connection.sendall(messages.ok(image=self.image, bytes_fetched=1234567, requests=3))
             else:
-                connection.sendall(control.failure(HostError("not mine")))
+                connection.sendall(messages.failure(HostError("not mine")))
         elif request.op == "stop":
-            connection.sendall(control.ok())
+            connection.sendall(messages.ok())
             os._exit(0)
         else:
-            connection.sendall(control.ok())
+            connection.sendall(messages.ok())
 
-    def mount(self, connection: socket.socket, request: control.Request) -> None:
+    def mount(self, connection: socket.socket, request: messages.Request) -> None:
         name = request.image.rpartition("/")[2].partition(":")[0]
         if name == "broken":
-            connection.sendall(control.failure(RemoteError("registry.test answers 503", "try later")))
+            connection.sendall(messages.failure(RemoteError("registry.test answers 503", "try later")))
             return
         if name == "hostproblem" and request.op == "mount":
-            connection.sendall(control.failure(HostError("no EROFS from files here")))
+            connection.sendall(messages.failure(HostError("no EROFS from files here")))
             return
         if name == "dies" or (name == "dies-once" and not (self.cache / "died").exists()):
             (self.cache / "died").touch()
             print("something terrible happened", file=sys.stderr, flush=True)
             os._exit(3)
         if name == "unindexed" and not (self.cache / "built").exists():
-            connection.sendall(control.needs_index(DIGEST))
+            connection.sendall(messages.needs_index(DIGEST))
             return
         joined = bool(self.targets)
         self.image = request.image if ":" in request.image else f"docker.io/library/{request.image}:latest"
-        connection.sendall(control.progress("reading the index"))
+        connection.sendall(messages.progress("reading the index"))
         clone_fd = clone_mount(self.root())
         fields = {"image": self.image, "manifest_digest": DIGEST, "joined": joined}
         if request.op == "mount":
-            socket.send_fds(connection, [control.ok(**fields)], [clone_fd])
+            socket.send_fds(connection, [messages.ok(**fields)], [clone_fd])
             os.close(clone_fd)
             return
         attach(clone_fd, request.target)
         os.close(clone_fd)
-        connection.sendall(control.ok(**fields))
+        connection.sendall(messages.ok(**fields))
 
     def listen(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def main() -> None:
     arguments, _, words = " ".join(sys.argv[1:]).partition(" -- ")
     args = parser.parse_args(arguments.split(" "))
     place = words.rpartition(" ")[2]
-    if args.module == "lazyfs.keeper":
+    if args.module == "lazyfs.daemon.keeper":
         if (args.cache / "nokeeper").exists():
             sys.exit("no keeper today")
         Fake(args.cache, args.runtime, "kernel").listen(args.runtime / "control.sock")

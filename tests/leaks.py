@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazyfs import paths
+from lazyfs.control import rundir
 
 # Set for the whole session and inherited by every process it starts, however often that daemonises.
 MARK = "LAZYFS_TEST_SESSION"
@@ -56,7 +56,7 @@ def watch_temporary(directory: Path) -> None:
 
 def watch(cache: Path) -> None:
     """The runtime directory of this cache's daemon belongs to the session, also when the cache is gone."""
-    _keys.add(paths.key_of(str(cache)))
+    _keys.add(rundir.key_of(str(cache)))
 
 
 def traces(base: Path) -> Traces:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lazyfs.core.tar import TarData, TarEntry, TarReader
+from lazyfs.core.tar.reader import TarData, TarEntry, TarReader
 
 Member = tuple[TarEntry, bytes]
 END = bytes(1024)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import images, leaks
+from tests import leaks, realimages
 from tests.layout import Layout, push
 from tests.servers import RegistryServer
 
 
 def test_debian_image_unpacks_with_every_kind_of_change(tmp_path: Path) -> None:
-    root = images.unpack(images.debian(), "gzip", tmp_path / "bundle")
+    root = realimages.unpack(realimages.debian(), "gzip", tmp_path / "bundle")
     assert not (root / "etc/issue").exists()
     assert os.listdir(root / "etc/apt") == ["only.conf"]
     assert (root / "etc/logrotate.d").is_file()
@@ -24,9 +24,9 @@ def test_debian_image_unpacks_with_every_kind_of_change(tmp_path: Path) -> None:
     assert (root / "opt/sparse/holes").stat().st_size == 20 << 20
 
 
-@pytest.mark.parametrize("tag", [*images.TAGS, "platforms"])
+@pytest.mark.parametrize("tag", [*realimages.TAGS, "platforms"])
 def test_registry_takes_every_variant_unchanged(registry: RegistryServer, tag: str) -> None:
-    layout = images.busybox()
+    layout = realimages.busybox()
     push(layout, tag, f"{registry.host}/images/{tag}:latest")
     accept = {"Accept": "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"}
     status, headers, _ = registry.request("GET", f"/v2/images/{tag}/manifests/latest", headers=accept)
@@ -35,7 +35,7 @@ def test_registry_takes_every_variant_unchanged(registry: RegistryServer, tag: s
 
 
 def test_registry_takes_docker_schema_2(registry: RegistryServer) -> None:
-    push(images.busybox(), "gzip", f"{registry.host}/images/docker:latest", docker=True)
+    push(realimages.busybox(), "gzip", f"{registry.host}/images/docker:latest", docker=True)
     accept = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
     _, headers, _ = registry.request("GET", "/v2/images/docker/manifests/latest", headers=accept)
     assert headers["content-type"] == accept["Accept"]

@@ -27,8 +27,8 @@ from benchmarks.hellobench.recipes import (
     recipe,
 )
 from benchmarks.hellobench.workloads import BUILDPACK, MINBASE, SCRATCH, Workload
-from tests.images import bootstrap
 from tests.layout import GZIP, LAYER_TYPES, MANIFEST_TYPE, Descriptor, Layout
+from tests.realimages import bootstrap
 
 # Where the library of buildah and skopeo keeps a cache, whatever their storage is.
 CONTAINERS = Path("/var/lib/containers")

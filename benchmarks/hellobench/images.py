@@ -29,9 +29,9 @@ from benchmarks.hellobench.building import Session
 from benchmarks.hellobench.imagestore import ImageStore, replace
 from benchmarks.hellobench.recipes import recipe
 from benchmarks.hellobench.workloads import Workload
-from tests.images import images_directory
 from tests.layertar import LayerTar
 from tests.layout import CONFIG_TYPE, GZIP, MANIFEST_TYPE, Layout
+from tests.realimages import images_directory
 
 Report = Callable[[str, int, int], None]
 CHANGED_FILE = "app/release"  # in no image; text of one line, as a change of one constant in a source is small

@@ -10,7 +10,7 @@ import hashlib
 import json
 
 from benchmarks.hellobench.workloads import BUILDPACK, MINBASE, SCRATCH, Workload
-from tests.images import ENVIRONMENT, SLIM, codename
+from tests.realimages import ENVIRONMENT, SLIM, codename
 
 # Part of every recipe: raise it when images come out differently from the same Containerfile.
 FORMAT = 1

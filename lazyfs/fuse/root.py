@@ -24,9 +24,9 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FileNameT, FUSEError, XAttrNameT
 
-from lazyfs.core.erofsformat import BLOCK_BYTES, NAME_MAX
-from lazyfs.core.erofsread import ErofsReader
-from lazyfs.core.tar import Kind
+from lazyfs.core.erofs.format import BLOCK_BYTES, NAME_MAX
+from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.tar.reader import Kind
 from lazyfs.errors import HostError, ImageError, LazyfsError
 
 if TYPE_CHECKING:

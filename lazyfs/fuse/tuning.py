@@ -9,7 +9,7 @@ import logging
 import os
 
 from lazyfs.errors import HostError
-from lazyfs.linux import fsconfig_create, fsmount, fsopen
+from lazyfs.system.mountapi import fsconfig_create, fsmount, fsopen
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs import containers
+from lazyfs.containers import run as containers_run
 from tests.containers.lazyrun import Runner, make_template
 
 
@@ -23,7 +23,7 @@ def run(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Runner]:
     state = tmp_path / "state"
-    monkeypatch.setattr(containers, "containers_directory", lambda: str(state))
+    monkeypatch.setattr(containers_run, "containers_directory", lambda: str(state))
     runner = Runner(template, state, capfd)
     yield runner
     mounts = Path("/proc/self/mountinfo").read_text()

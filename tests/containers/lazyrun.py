@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lazyfs import containers
+from lazyfs.containers import run
 from tests.containers.plainroots import PlainRoots, run_arguments
 
 APPLETS = (
@@ -74,7 +74,7 @@ class Runner:
         self.roots = PlainRoots(template)
 
     def status(self, *arguments: str) -> int:
-        return containers.run(run_arguments(list(arguments)), self.roots)
+        return run.run(run_arguments(list(arguments)), self.roots)
 
     def __call__(self, *arguments: str) -> str:
         status = self.status("--rm", *arguments)

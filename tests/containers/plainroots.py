@@ -13,11 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lazyfs import containers
-from lazyfs.core.oci import ImageConfig, parse_config
+from lazyfs.containers import run
+from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import HostError, LazyfsError
-from lazyfs.mountinfo import mount_at
-from lazyfs.options import MountOptions
+from lazyfs.mounting.options import MountOptions
+from lazyfs.system.mountinfo import mount_at
 
 
 class PlainRoots:
@@ -55,14 +55,14 @@ class PlainRoots:
 
 def run_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    containers.add_run_arguments(parser)
+    run.add_run_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def main(template: str, state: str, *arguments: str) -> int:
-    containers.containers_directory = lambda: state
+    run.containers_directory = lambda: state
     try:
-        return containers.run(run_arguments(list(arguments)), PlainRoots(Path(template)))
+        return run.run(run_arguments(list(arguments)), PlainRoots(Path(template)))
     except LazyfsError as error:
         print(f"lazyfs: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from lazyfs import containers
-from lazyfs.bundle import BundleOptions, delete_bundle, make_bundle
-from lazyfs.core.oci import ImageConfig, parse_config
+from lazyfs.containers import run
+from lazyfs.containers.bundle import BundleOptions, delete_bundle, make_bundle
+from lazyfs.containers.imageroot import ImageRoot
+from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
-from lazyfs.imageroot import ImageRoot
-from lazyfs.options import MountOptions
+from lazyfs.mounting.options import MountOptions
 from tests.containers.lazyrun import DEADLINE_S, Runner, configure, make_template
 from tests.containers.plainroots import PlainRoots, run_arguments
 
@@ -135,12 +135,12 @@ def test_the_bundle_command_says_what_to_do_next(
     template: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     parser = argparse.ArgumentParser()
-    containers.add_bundle_arguments(parser)
+    run.add_bundle_arguments(parser)
     directory = tmp_path / "bundle"
     roots = PlainRoots(template)
     args = parser.parse_args(["-e", "A=1", "--read-only", "image", str(directory), "sh", "-c", "exit 0"])
     try:
-        assert containers.bundle(args, roots) == 0
+        assert run.bundle(args, roots) == 0
         captured = capfd.readouterr()
         assert captured.out == f"{directory}\n"
         assert f"lazyfs umount {directory}/rootfs" in captured.err
@@ -204,7 +204,7 @@ def as_ordinary_user(home: Path, roots: CopiedRoots, *arguments: str) -> tuple[i
             os.environ.pop("XDG_RUNTIME_DIR", None)
             os.environ.pop("XDG_STATE_HOME", None)
             sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115  (this process ends here)
-            status = containers.run(run_arguments(list(arguments)), roots)
+            status = run.run(run_arguments(list(arguments)), roots)
         except LazyfsError as error:
             os.write(1, str(error).encode())
         finally:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.blocks import (
+from lazyfs.core.layer.blocks import (
     BLOCK_BYTES,
     MAX_DEVICE_BYTES,
     PAGE_BYTES,

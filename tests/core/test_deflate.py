@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core import deflate
+from lazyfs.core.layer import deflate
 from lazyfs.errors import ImageError
 
 

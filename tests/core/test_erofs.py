@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.core.erofs import Device, write_erofs
-from lazyfs.core.erofsformat import SUPER_OFFSET, superblock_checksum
-from lazyfs.core.erofsread import ErofsReader, Inode
-from lazyfs.core.tar import Kind
-from lazyfs.core.tree import Node
+from lazyfs.core.erofs.format import SUPER_OFFSET, superblock_checksum
+from lazyfs.core.erofs.reader import ErofsReader, Inode
+from lazyfs.core.erofs.writer import Device, write_erofs
+from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.tree import Node
 from lazyfs.errors import ImageError
 
 BLOCK = 4096

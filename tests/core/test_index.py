@@ -15,10 +15,11 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.blocks import BlockTableBuilder, pack_table
-from lazyfs.core.deflate import WINDOW_BYTES
-from lazyfs.core.index import Index, LayerRecord, encode_index, pack_windows, unpack_windows
-from lazyfs.core.spans import WINDOWS_PER_GROUP, Compression, Point, PointKind, encode_points
+from lazyfs.core.index.blob import Index, LayerRecord, encode_index
+from lazyfs.core.index.windows import pack_windows, unpack_windows
+from lazyfs.core.layer.blocks import BlockTableBuilder, pack_table
+from lazyfs.core.layer.deflate import WINDOW_BYTES
+from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, Compression, Point, PointKind, encode_points
 from lazyfs.errors import ImageError
 
 NAMESPACE = bytes(range(256)) * 16

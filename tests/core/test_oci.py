@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core import oci
-from lazyfs.core.oci import Descriptor, ImageIndex, Manifest, Platform
+from lazyfs.core.oci import digests, documents, platforms
+from lazyfs.core.oci.documents import Descriptor, ImageIndex, Manifest, Platform
+from lazyfs.core.oci.platforms import select_platform
 from lazyfs.errors import ImageError, UserError
+from lazyfs.sources import challenges
 
 DIGEST = "sha256:" + "0" * 64
 OTHER = "sha256:" + "1" * 64
@@ -28,8 +30,8 @@ def descriptor(
 def manifest(**changes: Any) -> dict[str, Any]:
     document = {
         "schemaVersion": 2,
-        "mediaType": oci.MEDIA_MANIFEST,
-        "config": descriptor(oci.MEDIA_CONFIG),
+        "mediaType": documents.MEDIA_MANIFEST,
+        "config": descriptor(documents.MEDIA_CONFIG),
         "layers": [descriptor(), descriptor(digest=OTHER)],
     }
     return {key: value for key, value in (document | changes).items() if value != "absent"}
@@ -38,19 +40,19 @@ def manifest(**changes: Any) -> dict[str, Any]:
 def index(*platforms: str | None) -> ImageIndex:
     entries = []
     for number, platform in enumerate(platforms):
-        entry = descriptor(oci.MEDIA_MANIFEST, f"sha256:{number:064x}")
+        entry = descriptor(documents.MEDIA_MANIFEST, f"sha256:{number:064x}")
         if platform is not None:
             os, architecture, *variant = platform.split("/")
             entry["platform"] = {"os": os, "architecture": architecture, "variant": "".join(variant)}
         entries.append(entry)
-    raw = json.dumps({"schemaVersion": 2, "mediaType": oci.MEDIA_INDEX, "manifests": entries}).encode()
-    parsed = oci.parse_manifest(raw, oci.MEDIA_INDEX)
+    raw = json.dumps({"schemaVersion": 2, "mediaType": documents.MEDIA_INDEX, "manifests": entries}).encode()
+    parsed = documents.parse_manifest(raw, documents.MEDIA_INDEX)
     assert isinstance(parsed, ImageIndex)
     return parsed
 
 
-def parse(document: object, media_type: str = oci.MEDIA_MANIFEST) -> Manifest | ImageIndex:
-    return oci.parse_manifest(json.dumps(document).encode(), media_type)
+def parse(document: object, media_type: str = documents.MEDIA_MANIFEST) -> Manifest | ImageIndex:
+    return documents.parse_manifest(json.dumps(document).encode(), media_type)
 
 
 def test_manifest() -> None:
@@ -65,9 +67,9 @@ def test_manifest() -> None:
     assert (parsed.artifact_type, parsed.annotations, parsed.media_type) == (
         "a/b",
         {"x": "y"},
-        oci.MEDIA_MANIFEST,
+        documents.MEDIA_MANIFEST,
     )
-    assert parsed.config.media_type == oci.MEDIA_CONFIG
+    assert parsed.config.media_type == documents.MEDIA_CONFIG
 
 
 @pytest.mark.parametrize("served", ["", "application/json", "application/octet-stream; charset=utf-8"])
@@ -79,15 +81,15 @@ def test_media_type_from_the_document(served: str) -> None:
 
 def test_docker_types() -> None:
     """Docker's documents have the same shape."""
-    assert isinstance(parse(manifest(mediaType=oci.DOCKER_MANIFEST), oci.DOCKER_MANIFEST), Manifest)
-    listed = {"schemaVersion": 2, "mediaType": oci.DOCKER_LIST, "manifests": []}
-    assert isinstance(parse(listed, oci.DOCKER_LIST), ImageIndex)
+    assert isinstance(parse(manifest(mediaType=documents.DOCKER_MANIFEST), documents.DOCKER_MANIFEST), Manifest)
+    listed = {"schemaVersion": 2, "mediaType": documents.DOCKER_LIST, "manifests": []}
+    assert isinstance(parse(listed, documents.DOCKER_LIST), ImageIndex)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mediaType": oci.MEDIA_INDEX},
+        {"mediaType": documents.MEDIA_INDEX},
         {"manifests": []},
         {"schemaVersion": 1},
         {"schemaVersion": True},
@@ -108,7 +110,7 @@ def test_docker_types() -> None:
         {"layers": [descriptor(media_type="no type")]},
         {"layers": [descriptor(annotations=[])]},
         {"layers": [descriptor(annotations={"a": 1})]},
-        {"layers": [descriptor()] * (oci.MAX_LAYERS + 1)},
+        {"layers": [descriptor()] * (documents.MAX_LAYERS + 1)},
         {"subject": "x"},
         {"annotations": []},
         {"artifactType": 3},
@@ -135,14 +137,14 @@ def test_bad_manifests(changes: dict[str, Any]) -> None:
         b'{"a":' * 100000,
         b'{"a":"\\ud800"}',
         b"1" * 5000,
-        b" " * (oci.MAX_MANIFEST_BYTES + 1),
+        b" " * (documents.MAX_MANIFEST_BYTES + 1),
     ],
     ids=range(12),
 )
 def test_bad_json(raw: bytes) -> None:
     """Whatever the JSON parser can meet is an ImageError."""
     with pytest.raises(ImageError):
-        oci.load_json(raw, "the document")
+        documents.load_json(raw, "the document")
 
 
 JSON = st.recursive(
@@ -165,7 +167,7 @@ PATHS = [
 ]
 
 
-@given(st.sampled_from(PATHS), JSON, st.sampled_from([oci.MEDIA_MANIFEST, oci.MEDIA_INDEX, "", "x"]))
+@given(st.sampled_from(PATHS), JSON, st.sampled_from([documents.MEDIA_MANIFEST, documents.MEDIA_INDEX, "", "x"]))
 def test_any_manifest(path: tuple[Any, ...], value: object, media_type: str) -> None:
     """Any value in any place is accepted or an ImageError."""
     document = manifest(subject=descriptor(), annotations={})
@@ -181,7 +183,7 @@ def test_any_manifest(path: tuple[Any, ...], value: object, media_type: str) -> 
 def test_damaged_bytes(noise: bytes, at: int) -> None:
     """Noise in the bytes of a manifest or config is accepted or an ImageError."""
     raw = json.dumps(manifest()).encode()
-    for parser in (lambda data: oci.parse_manifest(data, ""), oci.parse_config):
+    for parser in (lambda data: documents.parse_manifest(data, ""), documents.parse_config):
         with contextlib.suppress(ImageError):
             parser(raw[:at] + noise + raw[at + len(noise) :])
 
@@ -205,12 +207,12 @@ def test_config() -> None:
         "config": run,
         "rootfs": {"type": "layers", "diff_ids": [DIGEST]},
     }
-    config = oci.parse_config(json.dumps(document).encode())
+    config = documents.parse_config(json.dumps(document).encode())
     assert (config.os, config.architecture, config.diff_ids) == ("linux", "amd64", (DIGEST,))
     assert (config.env, config.entrypoint, config.cmd) == (("A=b",), ("/x",), ())
     assert (config.user, config.working_dir, config.stop_signal) == ("1:2", "/w", "SIGINT")
     assert (config.labels, config.volumes, config.exposed_ports) == ({"l": "1"}, ("/v",), ("80/tcp",))
-    bare = oci.parse_config(b'{"rootfs":{"type":"layers","diff_ids":null},"config":null}')
+    bare = documents.parse_config(b'{"rootfs":{"type":"layers","diff_ids":null},"config":null}')
     assert bare.env == () and bare.diff_ids == ()
 
 
@@ -230,7 +232,7 @@ def test_config() -> None:
 def test_bad_configs(document: dict[str, Any]) -> None:
     """Wrong types, and NUL in what becomes argv, are refused."""
     with pytest.raises(ImageError):
-        oci.parse_config(json.dumps(document).encode())
+        documents.parse_config(json.dumps(document).encode())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_bad_configs(document: dict[str, Any]) -> None:
 )
 def test_select_platform(platforms: list[str | None], wanted: str, number: int) -> None:
     """The exact variant, else the best lower one; attestations are never chosen."""
-    assert oci.select_platform(index(*platforms), wanted).digest == f"sha256:{number:064x}"
+    assert select_platform(index(*platforms), wanted).digest == f"sha256:{number:064x}"
 
 
 @pytest.mark.parametrize(
@@ -264,17 +266,17 @@ def test_select_platform(platforms: list[str | None], wanted: str, number: int) 
 def test_no_platform(platforms: list[str | None], wanted: str) -> None:
     """Nothing that would not run is chosen."""
     with pytest.raises(ImageError):
-        oci.select_platform(index(*platforms), wanted)
+        select_platform(index(*platforms), wanted)
 
 
 def test_platform_names() -> None:
     """Machines become platforms; what is unknown is the user's to name."""
-    assert oci.host_platform("x86_64") == "linux/amd64"
-    assert oci.host_platform("aarch64") == "linux/arm64"
+    assert platforms.host_platform("x86_64") == "linux/amd64"
+    assert platforms.host_platform("aarch64") == "linux/arm64"
     for call, text in (
-        (oci.host_platform, "pdp11"),
-        (oci.parse_platform, "linux"),
-        (oci.parse_platform, "a/b/c/d"),
+        (platforms.host_platform, "pdp11"),
+        (platforms.parse_platform, "linux"),
+        (platforms.parse_platform, "a/b/c/d"),
     ):
         with pytest.raises(UserError):
             call(text)
@@ -282,26 +284,27 @@ def test_platform_names() -> None:
 
 def test_add_to_index() -> None:
     """Appending keeps what others wrote, and is idempotent."""
-    own = Descriptor(oci.MEDIA_MANIFEST, OTHER, 7, {"a": "b"}, artifact_type="x/y")
-    first = oci.add_to_index(None, own)
-    assert oci.add_to_index(first, own) == first
+    own = Descriptor(documents.MEDIA_MANIFEST, OTHER, 7, {"a": "b"}, artifact_type="x/y")
+    first = documents.add_to_index(None, own)
+    assert documents.add_to_index(first, own) == first
     theirs = json.loads(first) | {"unknown": [1]}
     again = json.loads(
-        oci.add_to_index(json.dumps(theirs).encode(), Descriptor(oci.MEDIA_MANIFEST, DIGEST, 1))
+        documents.add_to_index(json.dumps(theirs).encode(), Descriptor(documents.MEDIA_MANIFEST, DIGEST, 1))
     )
     assert again["unknown"] == [1] and [item["digest"] for item in again["manifests"]] == [OTHER, DIGEST]
-    parsed = oci.parse_manifest(json.dumps(again).encode(), oci.MEDIA_INDEX)
+    parsed = documents.parse_manifest(json.dumps(again).encode(), documents.MEDIA_INDEX)
     assert isinstance(parsed, ImageIndex) and parsed.manifests[0] == own
 
 
 def test_build_artifact() -> None:
     """What we attach is read back by our own parser."""
-    subject = Descriptor(oci.MEDIA_MANIFEST, DIGEST, 3)
+    subject = Descriptor(documents.MEDIA_MANIFEST, DIGEST, 3)
     layer = Descriptor("a/b", OTHER, 9)
-    parsed = oci.parse_manifest(oci.build_artifact("x/y", [layer], subject, {"k": "v"}), oci.MEDIA_MANIFEST)
+    artifact = documents.build_artifact("x/y", [layer], subject, {"k": "v"})
+    parsed = documents.parse_manifest(artifact, documents.MEDIA_MANIFEST)
     assert isinstance(parsed, Manifest)
     assert (parsed.artifact_type, parsed.subject, parsed.layers) == ("x/y", subject, (layer,))
-    assert parsed.config.digest == oci.sha256_digest(b"{}")
+    assert parsed.config.digest == digests.sha256_digest(b"{}")
 
 
 @pytest.mark.parametrize(
@@ -322,19 +325,19 @@ def test_build_artifact() -> None:
 )
 def test_challenges(header: str, expected: tuple[str, dict[str, str]]) -> None:
     """Bearer before Basic; commas inside quotes do not separate."""
-    assert oci.parse_challenge(header) == expected
+    assert challenges.parse_challenge(header) == expected
 
 
 @given(st.one_of(st.text(), st.text(alphabet='Bearbasic ="\\,;', max_size=60)))
 def test_any_challenge(header: str) -> None:
     """No header raises."""
-    scheme, parameters = oci.parse_challenge(header)
+    scheme, parameters = challenges.parse_challenge(header)
     assert scheme in ("bearer", "basic", "") and (scheme or not parameters)
 
 
 def test_digest_check() -> None:
     """Pieces count as a whole, for both algorithms."""
-    check = oci.DigestCheck(oci.sha256_digest(b"abc"))
+    check = digests.DigestCheck(digests.sha256_digest(b"abc"))
     check.update(b"a")
     assert not check.matches()
     check.update(memoryview(b"bc"))
@@ -344,6 +347,6 @@ def test_digest_check() -> None:
         "cf83e1357eefb8bdf1542850d66d8007d620e4050b5715dc83f4a921d36ce9ce"
         "47d0d13c5d85f2b0ff8318d2877eec2f63b931bd47417a81a538327af927da3e"
     )
-    assert oci.digest_matches(b"", empty_sha512) and not oci.digest_matches(b"x", empty_sha512)
+    assert digests.digest_matches(b"", empty_sha512) and not digests.digest_matches(b"x", empty_sha512)
     with pytest.raises(ImageError):
-        oci.parse_digest(7)
+        digests.parse_digest(7)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.blocks import BlockTable, BlockTableBuilder
-from lazyfs.core.plan import (
+from lazyfs.core.layer.blocks import BlockTable, BlockTableBuilder
+from lazyfs.core.layer.plan import (
     MAX_AHEAD_BYTES,
     MAX_SLACK_BYTES,
     MIN_SLACK_BYTES,
@@ -17,7 +17,7 @@ from lazyfs.core.plan import (
     slack_bytes,
     spans_for_block,
 )
-from lazyfs.core.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, SpanTable, encode_points
+from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, SpanTable, encode_points
 
 
 @st.composite

@@ -6,13 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.reference import (
-    DirectoryReference,
-    RegistryReference,
-    WebReference,
-    is_digest,
-    parse_reference,
-)
+from lazyfs.core.oci.reference import DirectoryReference, RegistryReference, WebReference, is_digest, parse_reference
 from lazyfs.errors import UserError
 
 DIGEST = "sha256:" + "ab" * 32

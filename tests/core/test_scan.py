@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.blocks import BlockTableBuilder
-from lazyfs.core.index import LayerRecord, pack_windows
-from lazyfs.core.scan import LayerScan, decode_scan, encode_scan
-from lazyfs.core.sections import Sections, encode_sections
-from lazyfs.core.spans import Compression, Point, PointKind, encode_points
-from lazyfs.core.tar import Kind, TarEntry
-from lazyfs.core.tree import LayerEntry
+from lazyfs.core.index.blob import LayerRecord
+from lazyfs.core.index.scan import LayerScan, decode_scan, encode_scan
+from lazyfs.core.index.sections import Sections, encode_sections
+from lazyfs.core.index.windows import pack_windows
+from lazyfs.core.layer.blocks import BlockTableBuilder
+from lazyfs.core.layer.spans import Compression, Point, PointKind, encode_points
+from lazyfs.core.tar.reader import Kind, TarEntry
+from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.errors import ImageError
 
 DIGEST, DIFF_ID = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.spans import (
+from lazyfs.core.layer.spans import (
     MAX_POINTS,
     PLAIN_SPAN_BYTES,
     Compression,

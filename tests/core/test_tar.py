@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.core import tar
-from lazyfs.core.tar import Kind
+from lazyfs.core.tar import reader
+from lazyfs.core.tar.reader import Kind
 from lazyfs.errors import ImageError
 from tests.tarblocks import END, Member, contents, header, member, read
 
@@ -178,7 +178,7 @@ def archives(draw: st.DrawFn) -> bytes:
         for _ in range(draw(st.integers(0, 5))):
             info = tarfile.TarInfo("/".join(draw(st.lists(names, min_size=1, max_size=4))))
             info.mode = draw(st.integers(0, 0o7777))
-            info.uid, info.gid = draw(st.integers(0, tar.MAX_ID)), draw(st.integers(0, tar.MAX_ID))
+            info.uid, info.gid = draw(st.integers(0, reader.MAX_ID)), draw(st.integers(0, reader.MAX_ID))
             info.mtime = draw(st.integers(-(2**40), 2**40))
             info.type = draw(st.sampled_from(list(_TYPES))).encode()
             content = b""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lazyfs.core import pax, tar
-from lazyfs.core.tar import Kind
+from lazyfs.core.tar import fields, reader
+from lazyfs.core.tar.reader import Kind
 from lazyfs.errors import ImageError
 from tests.tarblocks import END, header, member, only, pax_member, read
 
@@ -158,7 +158,7 @@ def test_global_records_are_bounded() -> None:
     ],
 )
 def test_pax_times(text: bytes, time: tuple[int, int]) -> None:
-    assert pax.timestamp(text) == time
+    assert fields.timestamp(text) == time
 
 
 def test_libarchive_xattrs() -> None:
@@ -205,7 +205,7 @@ def test_sparse_pieces_that_touch_are_joined() -> None:
 
 
 def test_entry_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(reader, "MAX_ENTRIES", 3)
     with pytest.raises(ImageError, match="more than 3 members"):
         read(header() * 4 + END)
 

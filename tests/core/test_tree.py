@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.core.tar import Kind, TarEntry
-from lazyfs.core.tree import LayerEntry, Node, flatten
+from lazyfs.core.tar.reader import Kind, TarEntry
+from lazyfs.core.tar.tree import LayerEntry, Node, flatten
 from lazyfs.errors import ImageError
 
 

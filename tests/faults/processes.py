@@ -25,7 +25,7 @@ def _processes(module: str, cache: Path) -> list[int]:
 
 
 def keepers(cache: Path) -> list[int]:
-    return _processes("lazyfs.keeper", cache)
+    return _processes("lazyfs.daemon.keeper", cache)
 
 
 def workers(cache: Path) -> list[int]:
@@ -33,7 +33,7 @@ def workers(cache: Path) -> list[int]:
 
 
 def fusemounts(cache: Path) -> list[int]:
-    return _processes("lazyfs.fusemount", cache)
+    return _processes("lazyfs.daemon.fuseworker", cache)
 
 
 def the_worker(cache: Path) -> int:

@@ -240,7 +240,7 @@ def test_a_killed_first_pass_leaves_a_usable_cache(
     with FaultProxy(registry, bytes_per_s=8_000_000) as proxy:
         image = f"{proxy.host}/{world.plain}:v1"
         options = f"cache={cache},backend={backend}"
-        command = [sys.executable, "-m", "lazyfs.cli", "mount", "-o", options, image, str(place)]
+        command = [sys.executable, "-m", "lazyfs.commands.main", "mount", "-o", options, image, str(place)]
         for number in range(3):
             # What a killed pass found out of whole layers stays: without that the next one has less to read.
             shutil.rmtree(cache / "scans", ignore_errors=True)

@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from lazyfs.core.index import ARTIFACT_TYPE, INDEX_MEDIA_TYPE
+from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE
 from tests.conftest import Lazyfs
 from tests.faults.conftest import Mount
 from tests.faults.processes import end_daemon

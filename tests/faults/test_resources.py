@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs import paths
-from lazyfs.keeperlink import KeeperLink
-from lazyfs.linux import recv_fds
+from lazyfs.control import rundir
+from lazyfs.daemon.keeperlink import KeeperLink
+from lazyfs.system.sockets import recv_fds
 from tests.conftest import ROOT, Lazyfs
 from tests.faults.conftest import Mount
 from tests.faults.processes import DEADLINE_S, keepers, open_files, status, the_worker
@@ -29,8 +29,8 @@ MEMORY_LIMIT_KIB = 80 << 10
 @pytest.fixture
 def brisk_daemon(cache: Path) -> Iterator[None]:
     """A daemon that lets go of images soon. It ends by itself after its last mount."""
-    runtime = Path(paths.runtime_directory(str(cache)))
-    command = [sys.executable, "-m", "lazyfs.keeper", "--cache", str(cache), "--runtime", str(runtime)]
+    runtime = Path(rundir.runtime_directory(str(cache)))
+    command = [sys.executable, "-m", "lazyfs.daemon.keeper", "--cache", str(cache), "--runtime", str(runtime)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with (runtime / "daemon.log").open("wb") as log:
         keeper = subprocess.Popen([*command, "--linger", "0.5"], stderr=log, env=environment)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs import paths
+from lazyfs.control import rundir
 from tests.conftest import ROOT, Lazyfs, unmount
 from tests.faults.conftest import Mount
 from tests.faults.load import lose_blocks, readers, write_truth
@@ -155,7 +155,7 @@ def test_a_killed_mount_command_leaves_nothing(
     command = [
         sys.executable,
         "-m",
-        "lazyfs.cli",
+        "lazyfs.commands.main",
         "mount",
         "-o",
         options,
@@ -180,8 +180,8 @@ def test_who_still_reads_is_served_while_the_image_is_let_go(
 ) -> None:
     """Readers in a mount namespace of their own go on when the mount has vanished from ours and the daemon
     lets go of the image, and of everything."""
-    runtime = Path(paths.runtime_directory(str(cache)))
-    command = [sys.executable, "-m", "lazyfs.keeper", "--cache", str(cache), "--runtime", str(runtime)]
+    runtime = Path(rundir.runtime_directory(str(cache)))
+    command = [sys.executable, "-m", "lazyfs.daemon.keeper", "--cache", str(cache), "--runtime", str(runtime)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with (runtime / "daemon.log").open("wb") as log:
         keeper = subprocess.Popen([*command, "--linger", "1"], stderr=log, env=environment)

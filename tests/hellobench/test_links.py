@@ -22,7 +22,7 @@ from benchmarks import host as machine
 from benchmarks.hellobench import links
 from benchmarks.hellobench.links import LINKS, Link, Route, connected, measured
 from benchmarks.hellobench.relay import RESET
-from tests import images
+from tests import realimages
 from tests.conftest import Lazyfs
 from tests.layout import push
 from tests.servers import RegistryServer
@@ -249,7 +249,7 @@ def test_tools_reach_the_registry(name: str, registry: RegistryServer, lazyfs: L
     with connected(LINKS[name], registry.host) as route:
         reference = f"{route.host}/{repository}:latest"
         # Over the slow link, too, would take seconds and show no more.
-        push(images.busybox(), "gzip", reference if name == "lan" else f"{registry.host}/{repository}:latest")
+        push(realimages.busybox(), "gzip", reference if name == "lan" else f"{registry.host}/{repository}:latest")
         pushed = route.counts()
         source = ("--src-tls-verify=false", f"docker://{reference}", f"dir:{tmp_path}/pulled")
         machine.run("skopeo", "--insecure-policy", "copy", *source)

@@ -1,0 +1,217 @@
+"""`lazyfs analyze IMAGE [-- CMD]`: where the data lies, what a start reads, and what the cache has already.
+
+A start is measured by a container with a cache of its own, empty but for the index, so what it fetches is what it
+needs. None of the image's data is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import trio
+
+from lazyfs.cache import places
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.images import index_directory
+from lazyfs.commands.bars import layer_bars
+from lazyfs.commands.report import human_bytes, table
+from lazyfs.containers import run
+from lazyfs.containers.roots import MountedRoots
+from lazyfs.control import client, query, rundir
+from lazyfs.core.index.analysis import ImageAnalysis, analyse
+from lazyfs.core.index.blob import Index
+from lazyfs.core.layer.blocks import BlockTable
+from lazyfs.errors import HostError, LazyfsError
+from lazyfs.images.documents import NeedsIndexError, load_config, load_index
+from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
+from lazyfs.mounting.options import MountOptions, image_options
+
+_DAEMON_END_S = 10.0
+
+
+def analyze(args: argparse.Namespace) -> int:
+    """The command. Its exit code is the container's if one was run. Raises LazyfsError."""
+    options: MountOptions = args.options
+    if args.plot:
+        from lazyfs.commands import plot  # before the work: it may not be there
+    cache = BlockCache(places.cache_directory(options.cache))
+    reference, manifest_digest, index = _index(cache, args.image, options)
+    analysis = analyse(index, functools.partial(_present, cache), _blocks_of_others(cache, index))
+    report: dict[str, Any] = {"image": reference, "manifest_digest": manifest_digest, **asdict(analysis)}
+    code = 0
+    if args.command:
+        code, report["start"] = _start(cache, manifest_digest, args)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        sys.stdout.write(_text(report, analysis))
+    if args.plot:
+        plot.plot(args.plot, reference, analysis, report.get("start"))
+    return code
+
+
+def _index(cache: BlockCache, image: str, options: MountOptions) -> tuple[str, str, Index]:
+    """Reference, manifest digest and index of an image. An index that is neither here nor attached is made, and
+    kept, but no data with it."""
+    found: list[tuple[str, str, Index]] = []
+
+    async def work() -> None:
+        async with resolved_image(cache, image, image_options(options)) as resolved:
+            try:
+                with trio.fail_after(DOCUMENTS_S):
+                    index, _ = await load_index(cache, resolved, offline=options.offline)
+                    await load_config(cache, resolved)
+            except NeedsIndexError:
+                await build(cache, resolved, fill=False, bars=layer_bars)
+                index, _ = await load_index(cache, resolved, offline=True)
+            found.append((str(resolved.reference), resolved.manifest_digest, index))
+
+    run_async(work)
+    return found[0]
+
+
+def _present(cache: BlockCache, content_root: str, table: BlockTable) -> Sequence[int]:
+    entry = cache.peek(content_root)
+    return bytes(table.count) if entry is None else entry[1]
+
+
+def _blocks_of_others(cache: BlockCache, index: Index) -> set[bytes]:
+    """sha256 of all blocks that the cache has of layers that this image does not have."""
+    own = {record.content_root for record in index.layers}
+    digests: set[bytes] = set()
+    for content_root in cache.content_roots():
+        entry = None if content_root in own else cache.peek(content_root)
+        if entry is not None:
+            table, marks = entry
+            digests.update(table.digest(block) for block, mark in enumerate(marks) if mark)
+    return digests
+
+
+# -- what a start reads ----------------------------------------------------------------------------------
+
+
+class _CountingRoots(MountedRoots):
+    """Asks the daemon for its counters before it unmounts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counters: dict[str, Any] = {}
+
+    def detach(self, target: str) -> None:
+        entry = query.lazyfs_mount(target)
+        serving = query.serving(entry.dev) if entry is not None else None
+        if serving is not None:
+            self.counters = serving.reply
+        super().detach(target)
+
+
+def _start(cache: BlockCache, manifest_digest: str, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Runs the command in a container with an empty cache; its exit code, and what it read."""
+    parser = argparse.ArgumentParser()
+    run.add_run_arguments(parser)
+    with _empty_cache(cache, manifest_digest) as private:
+        words = [word for text in args.option_texts for word in ("-o", text)]
+        words += ["--rm", "-o", f"cache={private.path}", args.image, *args.command]
+        roots = _CountingRoots()
+        started_s = time.monotonic()
+        with _standard_output_on_error():  # standard output is for the analysis
+            code = run.run(parser.parse_args(words), roots)
+        seconds = time.monotonic() - started_s
+        if not roots.counters:
+            raise HostError("the daemon did not say what the container read", "it may have died: try again")
+    return code, {
+        "command": list(args.command),
+        "exit_code": code,
+        "seconds": round(seconds, 3),
+        "read_bytes": roots.counters["bytes_read"],
+        "fetched_bytes": roots.counters["bytes_fetched"],
+        "requests": roots.counters["requests"],
+    }
+
+
+@contextlib.contextmanager
+def _empty_cache(cache: BlockCache, manifest_digest: str) -> Iterator[BlockCache]:
+    """A cache that has an image's index and nothing of its data. Removed afterwards, its daemon, too."""
+    directory = tempfile.mkdtemp(prefix="analyze-", dir=os.path.join(cache.path, "tmp"))
+    try:
+        private = BlockCache(os.path.join(directory, "cache"))
+        known = index_directory(cache, manifest_digest)
+        shutil.copytree(known, index_directory(private, manifest_digest), dirs_exist_ok=True)
+        try:
+            yield private
+        finally:
+            _end_daemon(private.path)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_daemon(cache_path: str) -> None:
+    """The container has gone: what is left of its daemon goes, too."""
+    runtime = rundir.runtime_directory(cache_path)
+    socket_path = rundir.control_socket(runtime)
+    with contextlib.suppress(LazyfsError):
+        client.ask_once(socket_path, {"op": "stop"}, _DAEMON_END_S)
+    deadline_s = time.monotonic() + _DAEMON_END_S
+    while any(map(os.path.exists, (socket_path, *rundir.fuse_sockets(runtime)))) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    shutil.rmtree(runtime, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _standard_output_on_error() -> Iterator[None]:
+    sys.stdout.flush()
+    saved_fd = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(saved_fd, 1)
+        os.close(saved_fd)
+
+
+# -- for people ------------------------------------------------------------------------------------------
+
+
+def _text(report: dict[str, Any], analysis: ImageAnalysis) -> str:
+    layers = analysis.layers
+    rows = [
+        [
+            str(layer.depth),
+            layer.blob_digest.removeprefix("sha256:")[:12],
+            *map(human_bytes, (layer.blob_bytes, layer.data_bytes, layer.visible_bytes)),
+            f"{layer.visible_files:,}",
+            *map(human_bytes, (layer.cached_bytes, layer.cached_elsewhere_bytes)),
+        ]
+        for layer in layers
+    ]
+    blob_bytes = sum(layer.blob_bytes for layer in layers)
+    visible_bytes = sum(layer.visible_bytes for layer in layers)
+    lines = [
+        f"{report['image']}  {human_bytes(blob_bytes)} in {len(layers)} layers, {analysis.inodes:,} inodes\n",
+        table(["DEPTH", "LAYER", "SIZE", "DATA", "VISIBLE", "FILES", "CACHED", "ELSEWHERE"], rows, range(2, 8)),
+        "DATA: of files, unpacked; VISIBLE: what of it later layers left; ELSEWHERE: not cached of this layer,\n"
+        "but as equal blocks of layers of other images\n",
+    ]
+    if start := report.get("start"):
+        read_bytes, fetched_bytes = start["read_bytes"], start["fetched_bytes"]
+        lines.append(
+            f"a start reads {human_bytes(read_bytes)} ({_share(read_bytes, visible_bytes)} of what is visible) in "
+            f"{start['seconds']:.2f} s,\nfetching {human_bytes(fetched_bytes)} ({_share(fetched_bytes, blob_bytes)} "
+            f"of the image) by {start['requests']:,} requests\n"
+        )
+    return "".join(lines)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / max(1, whole):.1f} %"

@@ -1,0 +1,58 @@
+"""`lazyfs index`: makes the index of an image, attaches it or writes it to a directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from lazyfs.cache import places
+from lazyfs.cache.directory import BlockCache
+from lazyfs.commands.bars import layer_bars
+from lazyfs.commands.report import human_bytes
+from lazyfs.indexing.missing import build, resolved_image, run_async
+from lazyfs.indexing.publish import attach_index, write_layout
+from lazyfs.mounting.options import MountOptions, image_options
+
+
+def index(args: argparse.Namespace) -> int:
+    """`lazyfs index IMAGE [--push] [--output DIR]`."""
+    options: MountOptions = args.options
+    cache = BlockCache(places.cache_directory(options.cache))
+    report: dict[str, Any] = {}
+
+    async def work() -> None:
+        started_s = time.monotonic()
+        async with resolved_image(cache, args.image, image_options(options)) as resolved:
+            built = await build(cache, resolved, fill=False, bars=layer_bars)
+            blob_bytes = sum(layer.size_bytes for layer in resolved.manifest.layers)
+            report.update(
+                image=str(resolved.reference),
+                manifest_digest=resolved.manifest_digest,
+                image_bytes=blob_bytes,
+                tar_bytes=built.tar_bytes,
+                index_bytes=len(built.index) + len(built.windows),
+                seconds=round(time.monotonic() - started_s, 3),
+            )
+            if args.output:
+                report["output_digest"] = await write_layout(args.output, resolved, built)
+            if args.push:
+                report["artifact_digest"] = await attach_index(resolved.source, resolved, built)
+
+    run_async(work)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        share = 100 * report["index_bytes"] / max(1, report["image_bytes"])
+        rate = report["tar_bytes"] / max(0.001, report["seconds"])
+        print(
+            f"{report['image']}: index of {human_bytes(report['index_bytes'])} ({share:.2f} % of the image), "
+            f"made in "
+            f"{report['seconds']:.1f} s ({human_bytes(int(rate))}/s of tar)"
+        )
+        if args.push:
+            print(f"attached as {report['artifact_digest']}")
+        if args.output:
+            print(f"written to {args.output}")
+    return 0

@@ -1,0 +1,83 @@
+"""`lazyfs inspect`: what an image is, and whether it has an index."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import trio
+
+from lazyfs.cache import places
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.images import has_index
+from lazyfs.commands.report import human_bytes, table
+from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.oci.documents import parse_config
+from lazyfs.errors import ImageError
+from lazyfs.images.documents import NeedsIndexError, load_config, load_index
+from lazyfs.indexing.missing import DOCUMENTS_S, resolved_image, run_async
+from lazyfs.mounting.options import MountOptions, image_options
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """`lazyfs inspect IMAGE`: layers, sizes, and whether an index is here or attached, and sound."""
+    options: MountOptions = args.options
+    cache = BlockCache(places.cache_directory(options.cache))
+    report: dict[str, Any] = {}
+
+    async def work() -> None:
+        async with resolved_image(cache, args.image, image_options(options)) as resolved:
+            with trio.fail_after(DOCUMENTS_S):
+                config = parse_config(await load_config(cache, resolved))
+                here = has_index(cache, resolved.manifest_digest)
+                found, state = None, "damaged" if here else "none"
+                try:
+                    found, _ = await load_index(cache, resolved, offline=options.offline)
+                    state = "in the cache" if here else "attached"
+                    await trio.to_thread.run_sync(ErofsReader(found.namespace()).check)
+                except NeedsIndexError:
+                    pass
+                except ImageError:
+                    state = "damaged"
+            details = found.layers if found else ()
+            report.update(
+                image=str(resolved.reference),
+                manifest_digest=resolved.manifest_digest,
+                platform=f"{config.os}/{config.architecture}",
+                image_bytes=sum(layer.size_bytes for layer in resolved.manifest.layers),
+                index=state,
+                layers=[
+                    {
+                        "digest": layer.digest,
+                        "media_type": layer.media_type,
+                        "size_bytes": layer.size_bytes,
+                        "compression": str(details[number].compression) if found else None,
+                        "tar_bytes": details[number].tar_bytes if found else None,
+                        "content_root": details[number].content_root if found else None,
+                    }
+                    for number, layer in enumerate(resolved.manifest.layers)
+                ],
+            )
+
+    run_async(work)
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"{report['image']}  {report['platform']}  {human_bytes(report['image_bytes'])}")
+    print(f"manifest  {report['manifest_digest']}")
+    hint = {"none": " (lazyfs index --push attaches one)", "damaged": " (lazyfs index --push attaches a sound one)"}
+    print(f"index     {report['index']}{hint.get(report['index'], '')}")
+    rows = [
+        [
+            layer["digest"].removeprefix("sha256:")[:12],
+            human_bytes(layer["size_bytes"]),
+            human_bytes(layer["tar_bytes"]) if layer["tar_bytes"] is not None else "-",
+            layer["compression"] or "-",
+            layer["media_type"],
+        ]
+        for layer in report["layers"]
+    ]
+    sys.stdout.write(table(["LAYER", "SIZE", "TAR", "STORED", "MEDIA TYPE"], rows, right=(1, 2)))
+    return 0

@@ -1,0 +1,292 @@
+"""Runtime bundles: a directory with `config.json` and the image mounted as `rootfs`, ready for `runc run`.
+
+    DIR/config.json           the runtime configuration (`lazyfs.runspec`)
+       /rootfs/               the image's root; as root an overlay, writable
+       /upper/ /work/         what the container wrote
+       /volumes/N/            one for each volume of the image
+       /hosts /resolv.conf    copies of the host's, because the network is the host's
+
+Volumes: a directory of the image that is empty, or missing, is mounted over with a directory of the bundle
+that has its owner and mode. One with contents stays part of the (writable) root: the contents are there and
+nothing is copied; under a read-only root runc copies them into a tmpfs.
+
+As an ordinary user the root is read-only (mounting an overlay needs rights over the whole host) and the
+configuration has a user namespace, mapped as `runc spec --rootless` does; with newuidmap(1) and a range in
+/etc/subuid, the image's other users exist too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from typing import NamedTuple, Protocol
+
+from lazyfs.containers.accounts import resolve_user
+from lazyfs.containers.idmaps import rootless_ranges
+from lazyfs.containers.imageroot import ImageRoot
+from lazyfs.containers.spec import SpecOptions, all_mounts, build_spec, check_ids
+from lazyfs.containers.specmounts import Mount, forbidden_place, image_volumes
+from lazyfs.core.oci.documents import ImageConfig
+from lazyfs.errors import HostError, ImageError, UserError
+from lazyfs.mounting.options import MountOptions
+from lazyfs.system.mountinfo import mounts as mount_table
+
+_MAX_HOSTS_BYTES = 1 << 20
+_OWN_FILES = ("config.json", "hosts", "resolv.conf", "runc.log")
+_REMOVAL_S = 120.0
+"""How long deleting a bundle's files may take. It is work, not waiting: 50,000 files/s on ext4."""
+
+
+class RootProvider(Protocol):
+    """Who mounts an image's root: `lazyfs.mounts` in earnest, a plain directory in tests of bundles."""
+
+    def attach(self, image: str, target: str, options: MountOptions) -> ImageConfig:
+        """Mounts `image` at the existing directory `target`. Raises LazyfsError; then nothing is mounted."""
+
+    def detach(self, target: str) -> None:
+        """Unmounts what `attach` mounted, within seconds, if need be lazily. Nothing to do is no error,
+        because a signal may come before or after the mount. Raises HostError."""
+
+
+class BundleOptions(NamedTuple):
+    """`spec`: what is asked of the container. `user`: ``USER[:GROUP]`` instead of the image's, if not None.
+    `mount`: options of the root's mount; writable without an `upperdir` means one in the bundle, or, unless
+    `keep_upper`, one that ends with the mount."""
+
+    spec: SpecOptions = SpecOptions()
+    user: str | None = None
+    mount: MountOptions = MountOptions()
+    keep_upper: bool = True
+
+
+class Bundle(NamedTuple):
+    """A bundle on disk. `notes` are for the user: what was left out, and why. `stop_signal` is the image's
+    word (a name, a number or ""), not yet checked."""
+
+    directory: str
+    notes: tuple[str, ...]
+    stop_signal: str
+
+    @property
+    def rootfs(self) -> str:
+        return os.path.join(self.directory, "rootfs")
+
+
+def make_bundle(image: str, directory: str, options: BundleOptions, roots: RootProvider) -> Bundle:
+    """Makes a bundle of `image` in `directory`, which must not exist or be empty; its mode becomes 0700.
+
+    The root stays mounted: `roots.detach` and `delete_bundle` end it. On any failure nothing is
+    left mounted or written. Raises UserError for `directory`, and what mounting and conversion raise.
+    """
+    directory = os.path.realpath(directory)
+    existed = _prepare_directory(directory)
+    rootfs = os.path.join(directory, "rootfs")
+    mount = options.mount
+    try:
+        os.mkdir(rootfs, 0o755)
+        if mount.writable and not mount.upperdir and options.keep_upper:
+            upper, work = os.path.join(directory, "upper"), os.path.join(directory, "work")
+            os.mkdir(upper, 0o700)
+            os.mkdir(work, 0o700)
+            mount = mount._replace(upperdir=upper, workdir=work)
+        config = roots.attach(image, rootfs, mount)
+        return write_bundle(directory, config, options.user, options.spec)
+    except BaseException as error:
+        roots.detach(rootfs)
+        delete_bundle(directory, keep_itself=existed)
+        if isinstance(error, OSError):
+            raise HostError(f"cannot make the bundle {directory}: {error.strerror}") from None
+        raise
+
+
+def write_bundle(directory: str, config: ImageConfig, user: str | None, spec: SpecOptions) -> Bundle:
+    """Writes `config.json` and what it refers to, beside the root mounted at ``directory/rootfs``.
+
+    Users are resolved inside that root, and the working directory and volumes followed through its symlinks.
+    Raises ImageError, UserError, HostError.
+    """
+    notes: list[str] = []
+    with ImageRoot(os.path.join(directory, "rootfs")) as root:
+        account = resolve_user(
+            config.user if user is None else user,
+            root.read_account_file("/etc/passwd"),
+            root.read_account_file("/etc/group"),
+        )
+        if os.geteuid() != 0:
+            uid_ranges, gid_ranges = rootless_ranges()
+            spec = spec._replace(uid_ranges=uid_ranges, gid_ranges=gid_ranges)
+        if missing := check_ids(account, spec):
+            raise HostError(
+                f"the container's user has {missing}, which an ordinary user's containers cannot have here",
+                "install uidmap and get a range in /etc/subuid and /etc/subgid, or use --user 0, or be root",
+            )
+        read_only = root.is_read_only()
+        if read_only and not spec.read_only:
+            spec = spec._replace(read_only=True)
+            if os.geteuid() != 0:
+                notes.append("the root is read-only: an ordinary user cannot mount a writable one")
+        spec = spec._replace(
+            cgroup_namespace=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),  # cgroup v2 only
+            hosts_files=_hosts_files(directory, spec.hostname),
+        )
+        spec = spec._replace(volumes=_volumes(directory, config, spec, root))
+        if read_only:
+            spec = _with_existing_places(spec, root, notes)
+        document, more_notes = build_spec(config, account, spec)
+        cwd = document["process"]["cwd"]
+        if forbidden_place(root.canonical(cwd)):
+            raise ImageError(
+                f"the working directory {cwd[:80]!r} leads by a symbolic link to /proc, which is refused",
+                "choose another with -w",
+            )
+    _write(os.path.join(directory, "config.json"), json.dumps(document, indent=1).encode(), 0o600)
+    return Bundle(directory, (*notes, *more_notes), config.stop_signal)
+
+
+def _prepare_directory(directory: str) -> bool:
+    """Whether it was there (and empty)."""
+    try:
+        os.mkdir(directory, 0o700)
+        return False
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot make the directory {directory}: {error.strerror}") from None
+    try:
+        if os.listdir(directory):
+            raise UserError(f"the directory {directory} is not empty", "choose another, or empty it")
+        # others must not reach the image's set-id files (CVE-2021-41103)
+        os.chmod(directory, 0o700)
+    except OSError as error:
+        raise UserError(f"cannot use {directory} for a bundle: {error.strerror}") from None
+    return True
+
+
+def delete_bundle(directory: str, keep_itself: bool = False) -> None:
+    """Deletes the bundle with all that the container wrote, never what is mounted below it. What the container
+    wrote, by rm(1), which no symlink misleads and whose depth of directories has no limit (a container may nest
+    them beyond Python's recursion)."""
+    if below := [mount.mountpoint for mount in mount_table() if mount.mountpoint.startswith(f"{directory}/")]:
+        raise HostError(f"{directory} is kept: {below[0]} is still mounted", f"umount {below[0]}")
+    _unlink_own(directory)
+    if not keep_itself:
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+            return
+    victims = [os.path.join(directory, n) for n in os.listdir(directory)] if keep_itself else [directory]
+    if not victims:
+        return
+    import subprocess  # here: it takes milliseconds, and most bundles are gone by now
+
+    command = ["rm", "-rf", "--one-file-system", "--", *victims]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_REMOVAL_S)
+    except subprocess.TimeoutExpired:
+        raise HostError(
+            f"deleting {directory} took longer than {_REMOVAL_S:.0f} s", "delete it by hand"
+        ) from None
+    if done.returncode != 0:
+        reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[:1]
+        raise HostError(f"cannot delete {directory}: {' '.join(reason)}", "delete it by hand")
+
+
+def _unlink_own(directory: str) -> None:
+    """Deletes what a bundle has at least, unless something is in the way: all that there is of most."""
+    for name in _OWN_FILES:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(directory, name))
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.join(directory, "rootfs"))
+
+
+def _write(path: str, content: bytes, mode: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(fd, "wb") as file:
+        os.fchmod(fd, mode)  # whatever the umask
+        file.write(content)
+
+
+# -- what the configuration refers to --------------------------------------------------------------------
+
+
+def _hosts_files(directory: str, hostname: str) -> tuple[Mount, ...]:
+    """Copies of the host's resolv.conf and hosts (with the container's name), so that names resolve in the
+    container as on the host, and what the container writes into them stays its own."""
+    mounts = []
+    for name in ("resolv.conf", "hosts"):
+        try:
+            with open(f"/etc/{name}", "rb") as file:
+                content = file.read(_MAX_HOSTS_BYTES)
+        except OSError:
+            content = b""
+        if name == "hosts" and hostname:
+            separator = b"" if not content or content.endswith(b"\n") else b"\n"
+            content += separator + f"127.0.1.1\t{hostname}\n".encode()
+        path = os.path.join(directory, name)
+        _write(path, content, 0o644)
+        mounts.append(Mount(f"/etc/{name}", "bind", path, ("rbind", "rprivate")))
+    return tuple(mounts)
+
+
+def _volumes(directory: str, config: ImageConfig, spec: SpecOptions, root: ImageRoot) -> tuple[Mount, ...]:
+    """A mount for each volume of the image that the user has not put one on."""
+    taken = {mount.destination for mount in spec.mounts}
+    mounts = []
+    for number, place in enumerate(image_volumes(config)):
+        if place in taken:
+            continue
+        if forbidden_place(root.canonical(place), ("/proc", "/sys", "/dev")):
+            raise ImageError(
+                f"the image's volume {place[:80]!r} leads through a symbolic link to a system directory"
+            )
+        status = root.status(place)
+        if status is not None and not stat.S_ISDIR(status.st_mode):
+            raise ImageError(f"the image's volume {place[:80]!r} is not a directory")
+        mode, uid, gid = (
+            (0o755, 0, 0) if status is None else (status.st_mode & 0o7777, status.st_uid, status.st_gid)
+        )
+        if not root.is_empty(place):
+            if spec.read_only:
+                mounts.append(_copied_up(place, mode, uid, gid))
+            continue
+        source = os.path.join(directory, "volumes", str(number))
+        os.makedirs(source, 0o700)
+        if os.geteuid() == 0:
+            os.chown(source, uid, gid)
+        os.chmod(source, mode)
+        mounts.append(Mount(place, "bind", source, ("rbind", "rprivate")))
+    return tuple(mounts)
+
+
+def _copied_up(place: str, mode: int, uid: int, gid: int) -> Mount:
+    """A tmpfs into which runc copies what the image has at `place` (runc's own option `tmpcopyup`)."""
+    owner = (f"uid={uid}", f"gid={gid}") if os.geteuid() == 0 else ()
+    return Mount(place, "tmpfs", "tmpfs", ("nosuid", "nodev", f"mode={mode:o}", *owner, "tmpcopyup"))
+
+
+def _with_existing_places(spec: SpecOptions, root: ImageRoot, notes: list[str]) -> SpecOptions:
+    """Under a root that is itself read-only runc cannot make mount points: the copies of host files are left
+    out where the image has no place for them, anything else is refused."""
+    kept = tuple(mount for mount in spec.hosts_files if _place_fits(mount, root))
+    if len(kept) < len(spec.hosts_files):
+        missing = " or ".join(mount.destination for mount in spec.hosts_files if mount not in kept)
+        notes.append(f"host names may not resolve: the image has no {missing}, and its root is read-only")
+    spec = spec._replace(hosts_files=kept)
+    mounted: list[str] = []
+    for mount in all_mounts(spec):
+        if not forbidden_place(mount.destination, mounted) and not _place_fits(mount, root):
+            raise HostError(
+                f"the image has no place at {mount.destination} to mount on, and its root is read-only",
+                "mount it rw (as root): runc makes the place, and --read-only still protects the root",
+            )
+        mounted.append(mount.destination)
+    return spec
+
+
+def _place_fits(mount: Mount, root: ImageRoot) -> bool:
+    status = root.status(mount.destination)
+    if status is None:
+        return False
+    return stat.S_ISDIR(status.st_mode) == (mount.type != "bind" or os.path.isdir(mount.source))

@@ -1,0 +1,181 @@
+"""One container in the foreground: `runc run`, its signals, its end.
+
+runc passes every signal it gets on to the container, and in a terminal the kernel sends Ctrl-C to runc as
+well as to us. So all signals are taken one by one (sigtimedwait) and handed on only where runc did not get
+them. SIGTERM means "stop": the image's stop signal, then, after a grace period, SIGKILL. SIGINT ends it in
+the same way, because the first process of a container ignores a SIGINT that it does not handle; a second
+one kills at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from lazyfs.errors import HostError
+from lazyfs.system.process import find_program
+
+GRACE_S = 10.0
+_COMMAND_S = 20.0
+"""The longest that `runc kill` or `runc delete` may take; they take 20 ms."""
+
+EXIT_NOT_STARTED = 125  # as docker-run(1), "Exit Status"
+EXIT_NOT_EXECUTABLE = 126
+EXIT_NOT_FOUND = 127
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+_MAX_LOG_BYTES = 1 << 20
+
+
+@contextmanager
+def held_signals() -> Iterator[frozenset[int]]:
+    """Holds back the signals that would end us; yields those to wait for. What a parent has set to be ignored
+    (nohup, a shell's background job) stays so."""
+    watched = frozenset(s for s in (*_STOPPING, *_PASSED_ON) if signal.getsignal(s) is not signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched | {signal.SIGCHLD})
+    try:
+        yield watched
+    finally:
+        while signal.sigtimedwait(watched | {signal.SIGCHLD}, 0) is not None:
+            pass  # came during clean-up: answered by ending
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Ended(NamedTuple):
+    """How a container ended: the exit status as a shell would have it, and whether its process ever ran."""
+
+    status: int
+    started: bool
+
+
+class Runc:
+    """runc with its own directory of container states. Raises HostError if it is not installed."""
+
+    def __init__(self, state_directory: str) -> None:
+        """`state_directory`: runc's --root."""
+        program = find_program("runc") or find_program("runc", "/usr/local/sbin:/usr/sbin:/sbin")
+        if program is None:
+            raise HostError("runc is not installed", "install the package runc")
+        self._program = program
+        self._root = state_directory
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(os.path.join(self._root, name))
+
+    def run(self, bundle: str, name: str, stop_signal: str, grace_s: float, watched: frozenset[int]) -> Ended:
+        """Runs the bundle's container until it ends.
+
+        Standard streams are ours. Must be called inside `held_signals`, whose set is `watched`. The container
+        may still exist when this returns by an exception: call `delete`.
+        """
+        log = os.path.join(bundle, "runc.log")
+        command = self._command("--log", log, "--log-format", "json", "run", "--bundle", bundle, name)
+        default = (*watched, signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores the last two
+        try:
+            pid = os.posix_spawn(self._program, command, os.environ, setsigmask=(), setsigdef=default)
+        except OSError as error:
+            raise HostError(f"cannot execute {self._program}: {error.strerror}", "reinstall runc") from None
+        status = self._supervise(pid, name, stop_signal, grace_s, watched)
+        failure = _not_started(log) if status == 1 else 0
+        return Ended(failure or status, started=not failure)
+
+    def _supervise(
+        self, pid: int, name: str, stop_signal: str, grace_s: float, watched: frozenset[int]
+    ) -> int:
+        deadline: float | None = None
+        kills = 0
+        while True:
+            wait_s = 3600.0 if deadline is None else max(0.0, deadline - time.monotonic())
+            received = signal.sigtimedwait(watched | {signal.SIGCHLD}, wait_s)
+            ended, wait_status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                status = os.waitstatus_to_exitcode(wait_status)
+                return 128 - status if status < 0 else status
+            if received is None:
+                if deadline is not None and time.monotonic() >= deadline:
+                    # first the container; if runc then does not end, runc: `delete` sees to the rest
+                    if kills or not self.kill(name, "KILL"):
+                        os.kill(pid, signal.SIGKILL)
+                    kills += 1
+                    deadline = time.monotonic() + grace_s
+                continue
+            number = received.si_signo
+            from_terminal = received.si_code > 0  # SI_KERNEL: sent to runc as well
+            if number != signal.SIGCHLD and not from_terminal:
+                wanted = stop_signal if number == signal.SIGTERM else signal.Signals(number).name
+                # Not by way of the running runc: it dies of the signal until it has set up its handlers.
+                # If there is no container yet, just that is wanted.
+                if not self.kill(name, wanted):
+                    os.kill(pid, number)
+            if number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGHUP and from_terminal):
+                again = deadline is not None
+                deadline = time.monotonic() + (0.0 if again else grace_s)
+
+    def kill(self, name: str, signal_name: str) -> bool:
+        """Sends a signal to the container's first process; whether that worked."""
+        return self._call("kill", name, signal_name) == ""
+
+    def delete(self, name: str) -> None:
+        """Ends the container, if it exists, and forgets it. Raises HostError."""
+        if not self.exists(name):
+            return
+        reason = self._call("delete", "--force", name)
+        if reason:
+            raise HostError(f"cannot delete the container {name}: {reason}", f"runc delete --force {name}")
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [self._program, "--root", self._root, *arguments]
+
+    def _call(self, *arguments: str) -> str:
+        """ "" or why it failed."""
+        import subprocess  # here: few containers have to be killed or deleted, and it takes milliseconds
+
+        try:
+            done = subprocess.run(
+                self._command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, timeout=_COMMAND_S
+            )
+        except subprocess.TimeoutExpired:
+            return f"runc {arguments[0]} took longer than {_COMMAND_S:.0f} s"
+        if done.returncode == 0:
+            return ""
+        return done.stderr.decode("utf-8", "replace").strip()[-500:] or f"exit status {done.returncode}"
+
+
+def _not_started(log: str) -> int:
+    """0 if the container's process was started, else the exit status that says why not. runc itself exits
+    with 1 for both, but writes to its log when it fails; it has told the user already."""
+    try:
+        with open(log, "rb") as file:
+            lines = file.read(_MAX_LOG_BYTES).splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        try:
+            message = json.loads(line)["msg"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(message, str) and message.startswith("runc run failed:"):
+            if 'exec: "' not in message and "exec /" not in message:
+                return EXIT_NOT_STARTED
+            return EXIT_NOT_EXECUTABLE if "permission denied" in message else EXIT_NOT_FOUND
+    return 0
+
+
+def checked_stop_signal(text: str) -> str:
+    """`text` (the image's StopSignal: "SIGQUIT", "QUIT", "3", "SIGRTMIN+3") as `runc kill` takes it, or
+    "TERM" if it is nothing of the kind."""
+    name = text.strip().upper()
+    if name.isascii() and name.isdecimal() and len(name) <= 2 and 1 <= int(name) <= signal.SIGRTMAX:
+        return name
+    base, plus, offset = name.removeprefix("SIG").partition("+")
+    if base == "RTMIN" and (not plus or (offset.isascii() and offset.isdecimal() and len(offset) <= 2)):
+        number = signal.SIGRTMIN + int(offset or 0)
+        return str(number) if number <= signal.SIGRTMAX else "TERM"
+    known: Sequence[str] = [s.name for s in signal.Signals]
+    return base if not plus and f"SIG{base}" in known else "TERM"

@@ -1,0 +1,174 @@
+"""The client's end of a conversation with a daemon: blocking, with a deadline for every wait."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lazyfs.control.messages import (
+    HOME_VARIABLES,
+    KINDS,
+    MAX_FDS,
+    MAX_REPLY_BYTES,
+    MAX_REQUEST_BYTES,
+    VERSIONS,
+    LineBuffer,
+    ProtocolError,
+    decode,
+    encode,
+)
+from lazyfs.errors import HostError, LazyfsError
+from lazyfs.system.sockets import peer_pid, peer_uid
+
+
+class DaemonSilent(HostError):
+    """The daemon is there, but does not read or does not answer in time."""
+
+
+class DaemonGone(HostError):
+    """Nobody listens, or the connection ended before the answer."""
+
+
+# -- client's side ---------------------------------------------------------------------------------------
+
+
+def error_from(reply: Mapping[str, Any]) -> LazyfsError:
+    """The error that the daemon reported. A malformed one is a ProtocolError (returned, not raised)."""
+    value = reply.get("error")
+    if isinstance(value, dict):
+        kind, message, hint = value.get("kind"), value.get("message"), value.get("hint", "")
+        if isinstance(kind, str) and kind in KINDS and isinstance(message, str) and isinstance(hint, str):
+            return KINDS[kind](message, hint)
+    return ProtocolError("the daemon reported an error in an unknown form", "see its daemon.log")
+
+
+def environment_home(environment: Mapping[str, str]) -> dict[str, str]:
+    """The "home" of a mount request."""
+    return {name: environment[name] for name in HOME_VARIABLES if environment.get(name)}
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int], int]:
+    # Not socket.recv_fds: Python 3.11 drops the flags it is given, and the descriptors would be inherited.
+    space = socket.CMSG_SPACE(MAX_FDS * struct.calcsize("i"))
+    data, ancillary, flags, _ = connection.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, value in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds += struct.unpack(f"{len(value) // 4}i", value[: len(value) // 4 * 4])
+    return data, fds, flags
+
+
+class Connection:
+    """A blocking connection to a daemon. Owns its socket and the descriptors received and not yet taken."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lines = LineBuffer(MAX_REPLY_BYTES)
+        self._fds: list[int] = []
+
+    @classmethod
+    def open(cls, path: str, timeout_s: float = 5.0) -> Connection:
+        """Connects to the socket at `path`. Raises DaemonGone if nobody listens, HostError if another user
+        does."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(path)
+            if peer_uid(connection) not in (os.geteuid(), 0):
+                raise HostError(f"{path} belongs to another user's process", "remove its directory")
+        except OSError as error:
+            connection.close()
+            raise DaemonGone(f"no daemon answers at {path}: {error.strerror or error}") from None
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent. Descriptors that nobody took are closed too: the daemon's mount then ends."""
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def peer_pid(self) -> int:
+        return peer_pid(self._socket)
+
+    def take_fd(self) -> int:
+        """The descriptor that came with the last reply; the caller's from now on. Raises ProtocolError."""
+        if not self._fds:
+            raise ProtocolError("the daemon sent no descriptor with its reply", "see its daemon.log")
+        return self._fds.pop(0)
+
+    def send(self, message: Mapping[str, Any], timeout_s: float = 10.0) -> None:
+        line = encode(message, MAX_REQUEST_BYTES)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.sendall(line)
+        except TimeoutError:
+            raise DaemonSilent("the daemon does not read its requests", "see its daemon.log") from None
+        except OSError as error:
+            raise DaemonGone(f"the daemon closed the connection: {error.strerror}") from None
+
+    def receive(self, silence_s: float) -> dict[str, Any]:
+        """The next message. Raises DaemonGone at the end of the stream, DaemonSilent after `silence_s`
+        without a whole message, ProtocolError."""
+        deadline = time.monotonic() + silence_s
+        while (line := self._lines.next_line()) is None:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                data, fds, flags = _receive(self._socket)
+            except TimeoutError:
+                raise DaemonSilent(
+                    f"the daemon did not answer within {silence_s:g} s",
+                    "see its daemon.log, or raise timeout=",
+                ) from None
+            except OSError as error:
+                message = f"the connection to the daemon broke: {error.strerror}"
+                raise DaemonGone(message, "see its daemon.log") from None
+            self._fds += fds
+            if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+                raise ProtocolError("the daemon sent too many descriptors", "see its daemon.log")
+            if not data:
+                raise DaemonGone("the daemon ended before it answered", "see its daemon.log")
+            self._lines.feed(data)
+        return decode(line)
+
+    def ask(
+        self,
+        message: Mapping[str, Any],
+        silence_s: float = 10.0,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Sends a request and returns its final reply ("ok" or "needs_index"). `silence_s` bounds the time
+        between two messages: a daemon that works says so. Raises what the daemon reports, as its own kind."""
+        self.send(message)
+        while True:
+            reply = self.receive(silence_s)
+            if "progress" in reply:
+                if on_progress is not None and isinstance(reply["progress"], str):
+                    on_progress(reply["progress"])
+            elif "error" in reply:
+                raise error_from(reply)
+            elif reply.get("ok") is True or reply.get("needs_index") is True:
+                return reply
+            else:
+                raise ProtocolError("the daemon answered in an unknown form", VERSIONS)
+
+
+def ask_once(path: str, message: Mapping[str, Any], silence_s: float = 10.0) -> dict[str, Any]:
+    """One request on its own connection."""
+    with Connection.open(path, min(silence_s, 5.0)) as connection:
+        return connection.ask(message, silence_s)

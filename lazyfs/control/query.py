@@ -1,0 +1,73 @@
+"""Questions to whatever daemons of this user run: who serves a mount, what is mounted, how is it doing."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from lazyfs.control import client, messages, rundir
+from lazyfs.errors import LazyfsError, UserError
+from lazyfs.system.mountinfo import MountEntry, mount_at
+
+ANSWER_S = 10.0
+
+
+class Serving(NamedTuple):
+    """A daemon and what it answered."""
+
+    socket_path: str
+    reply: dict[str, Any]
+
+
+def lazyfs_mount(target: str) -> MountEntry | None:
+    """The mount at `target` if it is one of lazyfs, by its own marks in mountinfo: a daemon need not live."""
+    entry = mount_at(target)
+    if entry is None:
+        return None
+    ours = (
+        entry.fstype == "fuse.lazyfs"
+        or (entry.fstype == "erofs" and os.path.basename(entry.source) == "namespace.erofs")
+        or (entry.fstype == "overlay" and entry.source == "lazyfs")
+    )
+    return entry if ours else None
+
+
+def required_mount(target: str) -> MountEntry:
+    """As `lazyfs_mount`. Raises UserError if there is none."""
+    entry = lazyfs_mount(target)
+    if entry is None:
+        raise UserError(f"{target} is not a lazyfs mount", "`lazyfs ls` lists the mounts")
+    return entry
+
+
+def serving(dev: tuple[int, int]) -> Serving | None:
+    """The daemon that serves the mount `dev`, with its counters; None if none admits to it."""
+    for path in rundir.all_sockets():
+        try:
+            reply = client.ask_once(path, {"op": "stats", "dev": messages.format_dev(dev)}, ANSWER_S)
+        except LazyfsError:  # not its mount, or dead
+            continue
+        return Serving(path, reply)
+    return None
+
+
+def listings() -> list[Serving]:
+    """What every daemon of this user serves. Dead ones are left out."""
+    found = []
+    for path in rundir.all_sockets():
+        try:
+            found.append(Serving(path, client.ask_once(path, {"op": "list"}, ANSWER_S)))
+        except LazyfsError:
+            continue
+    return found
+
+
+def mounts_of(listing: dict[str, Any]) -> list[dict[str, Any]]:
+    """The well-formed entries of a "list" reply."""
+    value = listing.get("mounts")
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def targets_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    value = entry.get("targets")
+    return [target for target in value if isinstance(target, dict)] if isinstance(value, list) else []

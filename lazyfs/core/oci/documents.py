@@ -1,0 +1,321 @@
+"""OCI and Docker documents as values: descriptors, manifests, indexes, image configs, digests.
+
+Formats: OCI image-spec v1.1 (descriptor.md, manifest.md, image-index.md, config.md) and Docker's "Image
+Manifest Version 2, Schema 2". All of it comes from outside: whatever is wrong raises ImageError, never
+another exception.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from lazyfs.core.oci.digests import parse_digest, sha256_digest
+from lazyfs.errors import ImageError
+
+MEDIA_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+MEDIA_INDEX = "application/vnd.oci.image.index.v1+json"
+MEDIA_CONFIG = "application/vnd.oci.image.config.v1+json"
+MEDIA_EMPTY = "application/vnd.oci.empty.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+MANIFEST_TYPES = frozenset({MEDIA_MANIFEST, DOCKER_MANIFEST})
+INDEX_TYPES = frozenset({MEDIA_INDEX, DOCKER_LIST})
+ACCEPT = ", ".join((MEDIA_MANIFEST, MEDIA_INDEX, DOCKER_MANIFEST, DOCKER_LIST))
+# What servers say that do not know: plain web servers, and old registries.
+UNKNOWN_TYPES = frozenset({"", "application/json", "application/octet-stream", "text/plain"})
+
+REF_NAME = "org.opencontainers.image.ref.name"
+
+MAX_MANIFEST_BYTES = 4 << 20  # distribution-spec: registries should accept 4 MiB; docker-registry's own limit
+MAX_CONFIG_BYTES = 8 << 20  # containerd's limit for documents it keeps in memory
+MAX_LAYERS = 128  # docker builds at most 127; each layer is an EROFS device
+MAX_MANIFESTS = 4096  # of one index; referrers lists are indexes too
+MAX_INDEX_DEPTH = 4  # an index in an index is rare, more than two is abuse; for the callers' loops
+MAX_BLOB_BYTES = 1 << 50
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}")
+
+
+class Platform(NamedTuple):
+    """os/architecture[/variant] in Go's words (GOOS, GOARCH)."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
+
+
+class Descriptor(NamedTuple):
+    """A pointer to a blob. `size_bytes` is of the blob as stored (compressed)."""
+
+    media_type: str
+    digest: str
+    size_bytes: int
+    annotations: Mapping[str, str] = MappingProxyType({})
+    platform: Platform | None = None
+    artifact_type: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of descriptor.md."""
+        out: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size_bytes}
+        if self.artifact_type:
+            out["artifactType"] = self.artifact_type
+        if self.annotations:
+            out["annotations"] = dict(self.annotations)
+        if self.platform is not None:
+            out["platform"] = {"os": self.platform.os, "architecture": self.platform.architecture}
+            if self.platform.variant:
+                out["platform"]["variant"] = self.platform.variant
+        return out
+
+
+class Manifest(NamedTuple):
+    """An image or artifact manifest."""
+
+    media_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    subject: Descriptor | None
+    artifact_type: str
+    annotations: dict[str, str]
+
+
+class ImageIndex(NamedTuple):
+    """A list of manifests: one image for several platforms, or a referrers list."""
+
+    media_type: str
+    manifests: tuple[Descriptor, ...]
+    subject: Descriptor | None
+    artifact_type: str
+    annotations: dict[str, str]
+
+
+class ImageConfig(NamedTuple):
+    """What config.md says about running the image. Texts are as written there: hostile until checked."""
+
+    os: str
+    architecture: str
+    variant: str
+    diff_ids: tuple[str, ...]
+    env: tuple[str, ...]
+    entrypoint: tuple[str, ...]
+    cmd: tuple[str, ...]
+    user: str
+    working_dir: str
+    labels: dict[str, str]
+    volumes: tuple[str, ...]
+    stop_signal: str
+    exposed_ports: tuple[str, ...]
+
+
+# -- strict JSON -----------------------------------------------------------------------------------------
+
+
+def load_json(raw: bytes, what: str, max_bytes: int = MAX_MANIFEST_BYTES) -> dict[str, Any]:
+    """Parse a JSON object. ImageError if it is too large, malformed, too deep or names a key twice.
+
+    Keys named twice are refused because programs differ in which one they believe.
+    """
+    if len(raw) > max_bytes:
+        raise ImageError(f"{what} is larger than {max_bytes} bytes")
+    try:
+        document = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_constant)
+        # Lone surrogates parse, but cannot be written anywhere: find them here, not at the first write.
+        json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"{what} is not valid JSON: {type(error).__name__}") from None
+    if not isinstance(document, dict):
+        raise ImageError(f"{what} is not a JSON object")
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("duplicate key")
+    return out
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _text(document: dict[str, Any], key: str, what: str) -> str:
+    """A string without NUL, "" if missing or null (Go writes null for empty values)."""
+    value = document.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or "\0" in value:
+        raise ImageError(f"{what}: {key!r} is not a text")
+    return value
+
+
+def _texts(document: dict[str, Any], key: str, what: str) -> tuple[str, ...]:
+    value = document.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, str) and "\0" not in item for item in value):
+        raise ImageError(f"{what}: {key!r} is not a list of texts")
+    return tuple(value)
+
+
+def _text_map(document: dict[str, Any], key: str, what: str) -> dict[str, str]:
+    value = document.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ImageError(f"{what}: {key!r} is not a map of texts")
+    return value
+
+
+def _list(document: dict[str, Any], key: str, what: str, limit: int) -> list[Any]:
+    value = document.get(key)
+    if not isinstance(value, list) or len(value) > limit:
+        raise ImageError(f"{what}: {key!r} is not a list of at most {limit} items")
+    return value
+
+
+def _objects(document: dict[str, Any], key: str, what: str) -> dict[str, Any]:
+    value = document.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ImageError(f"{what}: {key!r} is not an object")
+    return value
+
+
+# -- documents -------------------------------------------------------------------------------------------
+
+
+def parse_descriptor(value: object, what: str) -> Descriptor:
+    """Parse one descriptor object; ImageError names `what` it belongs to."""
+    if not isinstance(value, dict):
+        raise ImageError(f"{what}: a descriptor is not an object")
+    media_type = _media_type(_text(value, "mediaType", what), what)
+    digest = _text(value, "digest", what)
+    parse_digest(digest)
+    size = value.get("size")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BLOB_BYTES:
+        raise ImageError(f"{what}: the size of {digest} is not a number of bytes")
+    artifact_type = _text(value, "artifactType", what)
+    if artifact_type:
+        _media_type(artifact_type, what)
+    platform: Platform | None = None
+    if (fields := _objects(value, "platform", what)) or isinstance(value.get("platform"), dict):
+        platform = Platform(*(_text(fields, key, what) for key in ("os", "architecture", "variant")))
+    return Descriptor(
+        media_type, digest, size, _text_map(value, "annotations", what), platform, artifact_type
+    )
+
+
+def _media_type(text: str, what: str) -> str:
+    if not _MEDIA_TYPE.fullmatch(text):
+        raise ImageError(f"{what}: bad media type {text[:80]!r}")
+    return text
+
+
+def parse_manifest(raw: bytes, media_type: str) -> Manifest | ImageIndex:
+    """Parse a manifest or index as served with `media_type` (a Content-Type; "" = not known).
+
+    ImageError if the document says another type than the server, or could be read as both kinds
+    (CVE-2021-41190: two clients would see two images).
+    """
+    document = load_json(raw, "the manifest")
+    served = media_type.partition(";")[0].strip().lower()
+    own = _text(document, "mediaType", "the manifest")
+    if served in UNKNOWN_TYPES:
+        served = own
+    if own and own != served:
+        raise ImageError(f"the manifest says {own[:80]!r}, its server {served[:80]!r}")
+    is_list, is_image = "manifests" in document, "layers" in document or "config" in document
+    if is_list and is_image:
+        raise ImageError("the manifest is ambiguous: it has both 'manifests' and 'layers' or 'config'")
+    if not served:
+        served = MEDIA_INDEX if is_list else MEDIA_MANIFEST
+    if document.get("schemaVersion") != 2 or isinstance(document.get("schemaVersion"), bool):
+        raise ImageError(
+            f"manifests of type {served[:80]!r} and this schemaVersion are not supported",
+            "push the image again with a current tool, e.g. skopeo copy --format oci",
+        )
+    subject = document.get("subject")
+    rest = (
+        parse_descriptor(subject, "the subject") if subject is not None else None,
+        _text(document, "artifactType", "the manifest"),
+        _text_map(document, "annotations", "the manifest"),
+    )
+    if served in INDEX_TYPES:
+        items = _list(document, "manifests", "the index", MAX_MANIFESTS)
+        return ImageIndex(served, tuple(parse_descriptor(item, "the index") for item in items), *rest)
+    if served in MANIFEST_TYPES:
+        layers = _list(document, "layers", "the manifest", MAX_LAYERS)
+        config = parse_descriptor(document.get("config"), "the config")
+        return Manifest(served, config, tuple(parse_descriptor(item, "a layer") for item in layers), *rest)
+    raise ImageError(f"manifests of type {served[:80]!r} are not supported")
+
+
+def parse_config(raw: bytes) -> ImageConfig:
+    """Parse an image config (config.md)."""
+    what = "the image config"
+    document = load_json(raw, what, MAX_CONFIG_BYTES)
+    rootfs = _objects(document, "rootfs", what)
+    if rootfs.get("type") != "layers":
+        raise ImageError(f"{what}: 'rootfs.type' is not 'layers'")
+    diff_ids = _texts(rootfs, "diff_ids", what)
+    if len(diff_ids) > MAX_LAYERS:
+        raise ImageError(f"{what}: more than {MAX_LAYERS} layers")
+    for diff_id in diff_ids:
+        parse_digest(diff_id)
+    run = _objects(document, "config", what)
+    return ImageConfig(
+        os=_text(document, "os", what),
+        architecture=_text(document, "architecture", what),
+        variant=_text(document, "variant", what),
+        diff_ids=diff_ids,
+        env=_texts(run, "Env", what),
+        entrypoint=_texts(run, "Entrypoint", what),
+        cmd=_texts(run, "Cmd", what),
+        user=_text(run, "User", what),
+        working_dir=_text(run, "WorkingDir", what),
+        labels=_text_map(run, "Labels", what),
+        volumes=tuple(_objects(run, "Volumes", what)),
+        stop_signal=_text(run, "StopSignal", what),
+        exposed_ports=tuple(_objects(run, "ExposedPorts", what)),
+    )
+
+
+def build_artifact(
+    artifact_type: str, layers: Sequence[Descriptor], subject: Descriptor, annotations: dict[str, str]
+) -> bytes:
+    """An artifact manifest that refers to `subject` (manifest.md, "Guidelines for Artifact Usage").
+
+    Its config is the empty descriptor: the blob `b"{}"` must be pushed as well.
+    """
+    document: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": MEDIA_MANIFEST,
+        "artifactType": artifact_type,
+        "config": Descriptor(MEDIA_EMPTY, sha256_digest(b"{}"), 2).to_json(),
+        "layers": [layer.to_json() for layer in layers],
+        "subject": Descriptor(subject.media_type, subject.digest, subject.size_bytes).to_json(),
+    }
+    if annotations:
+        document["annotations"] = annotations
+    return json.dumps(document, indent=1).encode()
+
+
+def add_to_index(raw: bytes | None, descriptor: Descriptor) -> bytes:
+    """The index `raw` (None = a new one) with `descriptor` appended, once; the rest of it stays as it is."""
+    if raw is None:
+        document: dict[str, Any] = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": []}
+    else:
+        parse_manifest(raw, MEDIA_INDEX)
+        document = load_json(raw, "the index")
+    if any(item["digest"] == descriptor.digest for item in document["manifests"]):
+        return raw or b""
+    document["manifests"].append(descriptor.to_json())
+    return json.dumps(document, indent=1).encode()

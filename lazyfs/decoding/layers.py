@@ -1,0 +1,125 @@
+"""Compressed layers to plain bytes: the whole stream once, noting entry points; later, any span on its own.
+
+isal decodes a span of a gzip layer three times as fast as zlib (measured: 7 against 22 ms for 4.2 MB);
+backports.zstd is Python 3.14's own zstd module. How gzip layers are scanned is in gzipscan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, cast
+
+from backports import zstd
+from isal import isal_zlib
+
+from lazyfs.core.layer.spans import FRAME_SPAN_BYTES, Compression, Point, PointKind
+from lazyfs.errors import ImageError
+
+CHUNK_BYTES = 1 << 20
+IsalError = cast("type[Exception]", isal_zlib.error)  # the package's stubs declare an instance
+# Largest window a zstd layer may ask for: RFC 8878 recommends 8 MiB, `zstd --long` writes 128 MiB.
+_ZSTD_WINDOW_LOG = 27
+# What follows a frame or member is handed back as a copy: small pieces keep layers of many small ones linear.
+PIECE_BYTES = 64 * 1024
+
+
+class LayerInflater(Protocol):
+    """Decodes a whole layer blob in order. Afterwards its spans are described by
+
+    points: entry points and milestones, as core/layer/spans.py takes them,
+    window_groups: the windows they need, packed (core/index/blob.py): a bomb of spans stays small in memory.
+    """
+
+    points: list[Point]
+    window_groups: list[bytes]
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """Plain bytes that follow from the next bytes of the blob. Raises ImageError."""
+
+    def finish(self) -> Iterator[bytes]:
+        """Call once at the end of the blob; raises ImageError if it is cut short."""
+
+    def close(self) -> None:
+        """Call at last, whatever happened; again if you like. May take milliseconds."""
+
+
+def layer_inflater(compression: Compression) -> LayerInflater:
+    """The inflater for a layer stored that way. Close it."""
+    if compression is Compression.GZIP:
+        from lazyfs.decoding.gzipscan import GzipInflater  # a daemon needs none of it
+
+        return GzipInflater()
+    return ZstdInflater() if compression is Compression.ZSTD else PlainInflater()
+
+
+class PlainInflater:
+    """An uncompressed layer: there is nothing to do, and nothing to note."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.window_groups: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        yield chunk
+
+    def finish(self) -> Iterator[bytes]:
+        yield from ()
+
+    def close(self) -> None:
+        pass
+
+
+class ZstdInflater:
+    """One or many zstd frames (RFC 8878), skippable ones between them. A span is a group of whole frames."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.window_groups: list[bytes] = []
+        self._decoder = zstd_decoder()
+        self._in_frame = False
+        self._blob_bytes = self._tar_bytes = 0
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        for at in range(0, len(chunk), PIECE_BYTES):
+            piece = chunk[at : at + PIECE_BYTES]
+            self._blob_bytes += len(piece)
+            while piece or not self._decoder.needs_input:
+                if not self._in_frame:
+                    self._in_frame = True
+                    self._note_start(self._blob_bytes - len(piece))
+                raw = zstd_decode(self._decoder, piece)
+                self._tar_bytes += len(raw)
+                if raw:
+                    yield raw
+                piece = b""
+                if self._decoder.eof:
+                    piece = self._decoder.unused_data
+                    self._decoder = zstd_decoder()
+                    self._in_frame = False
+
+    def _note_start(self, blob_start: int) -> None:
+        if self.points and self._tar_bytes == self.points[-1].tar:
+            return  # only a skippable or empty frame since: the span before begins here just as well
+        if not self.points or self._tar_bytes - self.points[-1].tar >= FRAME_SPAN_BYTES:
+            self.points.append(Point(blob_start, self._tar_bytes, 0, PointKind.ENTRY))
+
+    def finish(self) -> Iterator[bytes]:
+        if self._in_frame:
+            raise ImageError("the zstd layer is cut short")
+        if self.points and self.points[-1].tar == self._tar_bytes:
+            self.points.pop()  # nothing but skippable frames behind the last data
+        yield from ()
+
+    def close(self) -> None:
+        pass
+
+
+def zstd_decoder() -> zstd.ZstdDecompressor:
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG})
+
+
+def zstd_decode(decoder: zstd.ZstdDecompressor, data: bytes) -> bytes:
+    try:
+        return decoder.decompress(data, CHUNK_BYTES)
+    except zstd.ZstdError as error:
+        raise ImageError(f"the zstd layer is damaged ({error})") from None

@@ -1,0 +1,36 @@
+"""Documents of an image that is mounted, from the cache alone; light to import."""
+
+from __future__ import annotations
+
+import os
+
+from lazyfs.core.oci.digests import digest_matches, parse_digest
+from lazyfs.core.oci.documents import ImageConfig, Manifest, parse_config, parse_manifest
+from lazyfs.errors import HostError, ImageError
+
+_MAX_DOCUMENT_BYTES = 8 << 20
+
+
+def cached_config(cache: str, manifest_digest: str) -> ImageConfig:
+    """The configuration of an image that is mounted from `cache`; the daemon filed it there. Verified against
+    the manifest, and that against its digest. Raises HostError, ImageError."""
+    _, name = parse_digest(manifest_digest)
+    directory = os.path.join(cache, "indexes", name)
+    manifest_bytes = _read_verified(os.path.join(directory, "manifest"), manifest_digest)
+    manifest = parse_manifest(manifest_bytes, "")
+    if not isinstance(manifest, Manifest):
+        raise ImageError(f"{manifest_digest} is not the manifest of an image")
+    return parse_config(_read_verified(os.path.join(directory, "config"), manifest.config.digest))
+
+
+def _read_verified(path: str, digest: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        raise HostError(
+            f"cannot read {path}: {error.strerror}", "mount again; if it stays so, `lazyfs cache verify`"
+        ) from None
+    if not digest_matches(content, digest):
+        raise ImageError(f"{path} is damaged", "run `lazyfs cache verify`, then mount again")
+    return content

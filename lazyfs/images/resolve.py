@@ -1,0 +1,110 @@
+"""From a reference to the documents of an image: manifest, config and index, fetched once, kept in the cache.
+
+    <cache>/indexes/<manifest digest, hex>/manifest   the image manifest, verbatim
+                                          /config     the image config, verbatim
+                                          /index      the index blob (core/index/blob.py)
+                                          /windows    digest of the windows blob in the registry, may be empty
+                                          /groups/    windows fetched or built so far, one file a group
+                                          /lock       as for layers (cache/directory.py)
+    <cache>/refs/<sha256 of reference and platform>   manifest digest the reference led to when last asked
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform as host
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.images import index_directory, make_index_directory, read_file
+from lazyfs.core.oci.documents import Manifest, parse_manifest
+from lazyfs.core.oci.platforms import host_platform, select_platform
+from lazyfs.core.oci.reference import Reference, is_digest, parse_reference
+from lazyfs.errors import ImageError, UserError
+from lazyfs.sources.access import ImageOptions
+from lazyfs.sources.source import Source, Sources, open_source
+
+_OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+
+
+@dataclass(slots=True)
+class Resolved:
+    """An image manifest that a reference led to. `source` belongs to the holder, who closes it."""
+
+    reference: Reference
+    manifest_digest: str
+    manifest_bytes: bytes
+    manifest: Manifest
+    source: Source
+
+
+async def resolve(
+    cache: BlockCache,
+    text: str,
+    options: ImageOptions,
+    known: str | None = None,
+    sources: Sources | None = None,
+) -> Resolved:
+    """Finds the manifest a reference means, with as few requests as possible: none for a digest that is here.
+
+    `known`: the manifest's digest, if it was resolved before (a daemon that takes up its predecessor's
+    mounts). `sources`: where connections are shared. Raises LazyfsError; UserError if `offline` and
+    the reference was never seen.
+    """
+    reference = parse_reference(text)
+    wanted = options.platform or host_platform(host.machine())
+    key = hashlib.sha256(f"{reference} {wanted}".encode()).hexdigest()
+    note = os.path.join(cache.path, "refs", key)
+    source = (sources.open if sources else open_source)(reference, options.source_options())
+    try:
+        if known is None and (options.offline or _digest_of(reference)):
+            known = (read_file(note) or b"").decode("ascii", "replace")
+        if known and is_digest(known):
+            found = read_file(os.path.join(index_directory(cache, known), "manifest"))
+            if found is not None and "sha256:" + hashlib.sha256(found).hexdigest() == known:
+                return Resolved(reference, known, found, _image_manifest(found), source)
+        if options.offline:
+            raise UserError(f"{reference} is not in the cache", "mount it once without 'offline'")
+        digest, raw = await _ask(source, reference, wanted)
+        manifest = _image_manifest(raw)
+        directory = make_index_directory(cache, digest)
+        for path, content in ((os.path.join(directory, "manifest"), raw), (note, digest.encode())):
+            if read_file(path) != content:
+                cache.write_atomically(path, content)
+        return Resolved(reference, digest, raw, manifest, source)
+    except BaseException:
+        await close_source(source)
+        raise
+
+
+async def _ask(source: Source, reference: Reference, platform: str) -> tuple[str, bytes]:
+    name = _digest_of(reference) or getattr(reference, "tag", None) or getattr(reference, "ref", None) or ""
+    for _ in range(4):  # image indexes may nest; real ones are one deep
+        raw, media_type = await source.manifest(name)
+        parsed = parse_manifest(raw, media_type)
+        if isinstance(parsed, Manifest):
+            return "sha256:" + hashlib.sha256(raw).hexdigest(), raw
+        name = select_platform(parsed, platform).digest
+    raise ImageError(f"{reference}: image indexes are nested too deep")
+
+
+def _digest_of(reference: Reference) -> str | None:
+    digest = getattr(reference, "digest", None)
+    return digest if isinstance(digest, str) else None
+
+
+def _image_manifest(raw: bytes) -> Manifest:
+    declared = json.loads(raw).get("mediaType") or _OCI_MANIFEST
+    parsed = parse_manifest(raw, declared)
+    if not isinstance(parsed, Manifest):
+        raise ImageError("the manifest in the cache is not that of an image", "remove it: lazyfs cache prune")
+    return parsed
+
+
+async def close_source(source: Source) -> None:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+        await source.aclose()

@@ -1,0 +1,253 @@
+"""Reads the layers of an image once, in parallel, and makes its index; fills the block cache on the way if
+asked.
+
+Each layer is a pipeline of three tasks: download, inflate, and parse + hash; the last two run in worker
+threads (libz and hashlib let go of the GIL), so that one layer alone keeps two cores busy. No layer is kept
+on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.fill import LayerFill
+from lazyfs.cache.scans import keep_scan, load_scan
+from lazyfs.core.erofs.writer import Device, write_erofs
+from lazyfs.core.index.blob import LayerRecord, encode_index
+from lazyfs.core.index.scan import LayerScan
+from lazyfs.core.layer.blocks import BlockTable, pack_table
+from lazyfs.core.layer.spans import Compression, detect_compression, encode_points
+from lazyfs.core.oci.documents import Descriptor, ImageConfig
+from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.tree import Node, flatten
+from lazyfs.decoding.layers import layer_inflater
+from lazyfs.errors import ImageError
+from lazyfs.images.resolve import Resolved
+from lazyfs.indexing.scanner import LayerScanner
+from lazyfs.tasks import together
+
+_LAYERS_AT_ONCE = 3
+_CHUNK_BYTES = 1 << 20
+# Plain bytes that go from thread to thread at once: each time costs a millisecond, as all want the interpreter's lock
+# (measured in turn: 90 MB/s of tar instead of 86).
+_BATCH_BYTES = 4 << 20
+
+
+@dataclass(slots=True)
+class LayerProgress:
+    """How far a layer is, in bytes of its blob; `tar_bytes` were decoded from them."""
+
+    digest: str
+    blob_bytes: int
+    done_bytes: int = 0
+    tar_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIndex:
+    """An index: the index blob, and the windows blob by groups."""
+
+    index: bytes
+    window_groups: dict[int, bytes]  # offset in the windows blob -> stored group, in order
+    tar_bytes: int
+
+    @property
+    def windows(self) -> bytes:
+        """The windows blob; empty if no layer needs windows."""
+        return b"".join(self.window_groups.values())
+
+
+async def build_index(
+    resolved: Resolved,
+    config: ImageConfig,
+    cache: BlockCache | None,
+    on_progress: Callable[[LayerProgress], None] = lambda progress: None,
+    scans: BlockCache | None = None,
+) -> BuiltIndex:
+    """Streams the layers of an image and returns its index; with `cache`, their blocks are in there afterwards.
+
+    A layer that occurs twice is read once. With `scans`, a layer that was read for another image is not read again
+    (its blocks are not brought to `cache` then), and what is found out is kept there.
+
+    Raises ImageError (also when a layer is not the one the config's DiffIDs name) and RemoteError; then nothing is
+    left behind but whole layers in the cache, and scans.
+    """
+    layers = resolved.manifest.layers
+    if len(config.diff_ids) != len(layers):
+        raise ImageError("the image config names another number of layers than the manifest")
+    expected: dict[str, str] = {}
+    for layer, diff_id in zip(layers, config.diff_ids, strict=True):
+        if expected.setdefault(layer.digest, diff_id) != diff_id:
+            raise ImageError(f"the image config gives two DiffIDs for layer {layer.digest}")
+    found: dict[str, LayerScan] = {}
+
+    async def scan(layer: Descriptor) -> None:
+        diff_id = expected[layer.digest]
+        known = None
+        if scans is not None:
+            known = await trio.to_thread.run_sync(load_scan, scans, layer, diff_id)
+        if known is None:
+            known = await _scan_layer(resolved, layer, diff_id, cache, on_progress)
+            if scans is not None:
+                await trio.to_thread.run_sync(keep_scan, scans, known)
+        else:
+            on_progress(LayerProgress(layer.digest, layer.size_bytes, layer.size_bytes, known.record.tar_bytes))
+        found[layer.digest] = known
+
+    distinct = {layer.digest: layer for layer in layers}.values()
+    await together(*(functools.partial(scan, layer) for layer in distinct), at_most=_LAYERS_AT_ONCE)
+    ordered = [found[layer.digest] for layer in layers]
+    return await trio.to_thread.run_sync(_assemble, resolved.manifest_digest, ordered)
+
+
+async def _scan_layer(
+    resolved: Resolved,
+    layer: Descriptor,
+    diff_id: str,
+    cache: BlockCache | None,
+    on_progress: Callable[[LayerProgress], None],
+) -> LayerScan:
+    fill = await trio.to_thread.run_sync(LayerFill, cache) if cache is not None else None
+    try:
+        scanner = LayerScanner(fill)
+        progress = LayerProgress(layer.digest, layer.size_bytes)
+        plain_in, plain_out = trio.open_memory_channel[list[bytes]](1)
+        blob_in, blob_out = trio.open_memory_channel[bytes](2)
+        pieces: list[_Inflated] = []
+
+        async def download() -> None:
+            with blob_in:
+                async with resolved.source.blob_stream(layer.digest, layer.size_bytes) as chunks:
+                    buffer = bytearray()
+                    async for chunk in chunks:
+                        progress.done_bytes += len(chunk)
+                        on_progress(progress)
+                        buffer += chunk
+                        while len(buffer) >= _CHUNK_BYTES:  # equal ones: the index depends on the blob alone
+                            await blob_in.send(bytes(buffer[:_CHUNK_BYTES]))
+                            del buffer[:_CHUNK_BYTES]
+                if buffer:
+                    await blob_in.send(bytes(buffer))
+
+        async def inflate() -> None:
+            # Not `async with`: a checkpoint there would let followers fail first.
+            with contextlib.ExitStack() as stack, plain_in, blob_out:
+                inflater = None
+                async for chunk in blob_out:
+                    if inflater is None:
+                        compression = detect_compression(chunk[:4])
+                        inflater = layer_inflater(compression)
+                        stack.callback(inflater.close)
+                    decoded = inflater.feed(chunk)
+                    while plains := await trio.to_thread.run_sync(_some, decoded):
+                        await plain_in.send(plains)
+                if inflater is None:
+                    raise ImageError(f"layer {layer.digest} is empty")
+                await trio.to_thread.run_sync(list, inflater.finish())
+                pieces.append(_Inflated(compression, encode_points(inflater.points), inflater.window_groups))
+
+        async def parse() -> None:
+            with plain_out:
+                async for plains in plain_out:
+                    await trio.to_thread.run_sync(scanner.feed_all, plains)
+                    progress.tar_bytes += sum(map(len, plains))
+                    on_progress(progress)
+
+        await together(download, inflate, parse)
+        return await trio.to_thread.run_sync(_finish_layer, scanner, fill, layer, diff_id, pieces[0])
+    finally:
+        if fill is not None:
+            fill.discard()
+
+
+def _some(plains: Iterator[bytes]) -> list[bytes]:
+    """The next pieces, _BATCH_BYTES or a little more; none at the end."""
+    batch: list[bytes] = []
+    size_bytes = 0
+    for plain in plains:
+        batch.append(plain)
+        size_bytes += len(plain)
+        if size_bytes >= _BATCH_BYTES:
+            break
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Inflated:
+    compression: Compression
+    span_records: bytes
+    window_groups: list[bytes]
+
+
+def _finish_layer(
+    scanner: LayerScanner, fill: LayerFill | None, layer: Descriptor, diff_id: str, inflated: _Inflated
+) -> LayerScan:
+    table, tar_bytes, found = scanner.finish()
+    if found != diff_id:
+        raise ImageError(
+            f"layer {layer.digest} decodes to {found}, but the image config says {diff_id}",
+            "the image is broken: build or push it again",
+        )
+    content_root = hashlib.sha256(table).hexdigest()
+    if fill is not None:
+        fill.publish(content_root, table)
+    record = LayerRecord(
+        layer.digest, layer.size_bytes, diff_id, inflated.compression, tar_bytes, content_root, ()
+    )
+    return LayerScan(record, scanner.entries, table, inflated.span_records, inflated.window_groups)
+
+
+def _assemble(manifest_digest: str, scans: list[LayerScan]) -> BuiltIndex:
+    """Flattens the layers, writes the namespace, lays out the windows blob."""
+    root = flatten([scan.entries for scan in scans])
+    namespace = write_erofs(root, _devices(root, scans))
+    groups: dict[int, bytes] = {}
+    records = []
+    at = 0
+    for scan in scans:
+        places = []
+        for group in scan.window_groups:
+            groups[at] = group
+            places.append((at, len(group)))
+            at += len(group)
+        records.append(dataclasses.replace(scan.record, window_groups=tuple(places)))
+    index = encode_index(
+        manifest_digest,
+        namespace,
+        records,
+        [pack_table(scan.table) for scan in scans],
+        [scan.span_records for scan in scans],
+    )
+    return BuiltIndex(index, groups, sum(scan.record.tar_bytes for scan in scans))
+
+
+def _devices(root: Node, scans: list[LayerScan]) -> list[Device]:
+    """The device table: one device for each content root that a file lies in. Renumbers `Node.layer`
+    to it.
+    """
+    numbers: dict[str, int] = {}
+    devices: list[Device] = []
+    done: set[int] = set()
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if id(node) in done:
+            continue
+        done.add(id(node))
+        nodes.extend((node.children or {}).values())
+        if node.kind is Kind.FILE and node.size:
+            scan = scans[node.layer]
+            content_root = scan.record.content_root
+            if content_root not in numbers:
+                numbers[content_root] = len(devices)
+                devices.append(Device(content_root.encode(), BlockTable(scan.table).device_bytes))
+            node.layer = numbers[content_root]
+    return devices

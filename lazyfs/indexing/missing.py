@@ -1,0 +1,90 @@
+"""Makes the index that an image lacks, as the one job of a process: with bars, if the caller has some to show."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
+
+import trio
+
+from lazyfs.cache.directory import BlockCache
+from lazyfs.core.oci.documents import parse_config
+from lazyfs.errors import LazyfsError, RemoteError
+from lazyfs.images.documents import load_config
+from lazyfs.images.resolve import Resolved, resolve
+from lazyfs.indexing.build import BuiltIndex, LayerProgress
+from lazyfs.indexing.publish import attach_index
+from lazyfs.indexing.small import make_index
+from lazyfs.sources.access import ImageOptions
+from lazyfs.system import startup
+
+# Finding an image's documents takes a few small requests; reading its layers is bounded by stalls, not in
+# all.
+DOCUMENTS_S = 120.0
+
+# Shown while layers are read; entered once, told how far each layer is.
+Bars = Callable[[], AbstractContextManager[Callable[[LayerProgress], None]]]
+
+
+def build_missing_index(
+    image: str, cache_path: str, options: ImageOptions, push: bool, bars: Bars | None = None
+) -> None:
+    """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index."""
+    cache = BlockCache(cache_path)
+
+    async def work() -> None:
+        async with resolved_image(cache, image, options) as resolved:
+            built = await build(cache, resolved, fill=True, bars=bars)
+            if push:
+                await attach_index(resolved.source, resolved, built)
+
+    run_async(work)
+
+
+@contextlib.asynccontextmanager
+async def resolved_image(cache: BlockCache, image: str, options: ImageOptions) -> AsyncIterator[Resolved]:
+    """The resolved image; its source is closed at the end."""
+    with trio.fail_after(DOCUMENTS_S):
+        resolved = await resolve(cache, image, options)
+    try:
+        yield resolved
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+            await resolved.source.aclose()
+
+
+async def build(cache: BlockCache, resolved: Resolved, *, fill: bool, bars: Bars | None = None) -> BuiltIndex:
+    """Reads all layers once and keeps the index; with `fill`, all data, too. Raises LazyfsError."""
+    with trio.fail_after(DOCUMENTS_S):
+        config = parse_config(await load_config(cache, resolved))
+    # The pass hands the GIL between threads thousands of times a second: 5 ms of waiting for it, Python's
+    # default, is too long (measured: 97 against 104 MB/s).
+    sys.setswitchinterval(0.0005)
+    with (bars or _no_bars)() as on_progress:
+        return await make_index(cache, resolved, config, fill=fill, on_progress=on_progress)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[Callable[[LayerProgress], None]]:
+    yield lambda progress: None
+
+
+def run_async(work: Callable[[], Awaitable[None]]) -> None:
+    """Runs one async job; an error of a nursery inside comes out as itself."""
+    startup.finish()
+    try:
+        trio.run(work)
+    except trio.TooSlowError:
+        raise RemoteError(
+            f"the registry did not answer within {DOCUMENTS_S:g} s", "try again later"
+        ) from None
+    except BaseExceptionGroup as group:
+        known = group.subgroup(LazyfsError)
+        if known is None:
+            raise
+        error: BaseException = known
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

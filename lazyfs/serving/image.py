@@ -1,0 +1,40 @@
+"""An open image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lazyfs.serving.device import LayerHandle
+from lazyfs.sources.source import Source
+from lazyfs.system.process import resident_bytes
+
+
+@dataclass(slots=True)
+class Image:
+    """An opened image. Close it through the ImageStore that opened it."""
+
+    reference: str
+    manifest_digest: str
+    config: bytes
+    namespace_path: str
+    layers: tuple[LayerHandle, ...]  # in the order of the namespace's device table
+    source: Source
+    lock_fd: int
+    users: int = 1
+
+    def statistics(self) -> dict[str, Any]:
+        """What `lazyfs stats` shows: transfers of the image's source, blocks and reads of its layers, and the
+        memory of the whole process."""
+        counters = self.source.counters
+        return {
+            "bytes_fetched": counters.bytes_fetched,
+            "requests": counters.requests,
+            "retries": counters.retries,
+            "blocks_present": sum(handle.layer.present_blocks() for handle in self.layers),
+            "blocks_total": sum(handle.layer.table.count for handle in self.layers),
+            "cache_hits": sum(handle.hits for handle in self.layers),
+            "cache_misses": sum(handle.misses for handle in self.layers),
+            "bytes_read": sum(handle.bytes_read for handle in self.layers),
+            "memory_bytes": resident_bytes(),
+        }

@@ -1,0 +1,244 @@
+"""Opened images: namespace file, cache entries and fetchers of every image that a process serves.
+
+    <cache>/indexes/<manifest digest, hex>/namespace.erofs   the EROFS metadata of the index, as a file
+
+What else lies there is in images/resolve.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from lazyfs.cache.directory import BlockCache, lock_shared
+from lazyfs.cache.images import index_directory, make_index_directory, read_file
+from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.index.blob import Index
+from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable
+from lazyfs.core.oci.documents import ImageConfig, parse_config
+from lazyfs.errors import ImageError, LazyfsError, RemoteError
+from lazyfs.images.documents import NeedsIndexError, load_config, load_index
+from lazyfs.images.resolve import Resolved, close_source, resolve
+from lazyfs.serving.device import LayerHandle
+from lazyfs.serving.fetcher import FetchLimits, LayerFetcher, Origin
+from lazyfs.serving.image import Image
+from lazyfs.serving.windows import Windows
+from lazyfs.sources.access import ImageOptions
+from lazyfs.sources.source import Sources
+
+
+class ImageStore:
+    """All images and layers a process has open; each layer once. Owned by the trio thread, lives in
+    `nursery`.
+    """
+
+    def __init__(self, cache: BlockCache, nursery: trio.Nursery) -> None:
+        self.cache = cache
+        self.images: dict[str, Image] = {}  # by manifest digest
+        self.handles: dict[str, LayerHandle] = {}  # by content root
+        self._nursery = nursery
+        self._limits = FetchLimits()
+        self._sources = Sources()
+        # By manifest digest, so that a slow registry holds up nobody but those who want the same image.
+        self._opening: collections.defaultdict[str, trio.Lock] = collections.defaultdict(trio.Lock)
+        self._changing = trio.Lock()  # of `images` and `handles`; held across local work only
+
+    async def open(self, text: str, options: ImageOptions, known: str | None = None) -> Image:
+        """Opens an image, or returns it with one more user if it is open already. `known` as for resolve().
+
+        Raises LazyfsError or NeedsIndexError.
+        """
+        resolved = await self._resolve(text, options, known)
+        try:
+            async with self._opening[resolved.manifest_digest]:  # a joined mount finds the first one's image
+                image = self.images.get(resolved.manifest_digest)
+                if image is None:
+                    return await self._open(resolved, options)
+                image.users += 1  # no checkpoint since it was found
+        except BaseException:
+            await close_source(resolved.source)
+            raise
+        await close_source(resolved.source)
+        return image
+
+    async def _resolve(self, text: str, options: ImageOptions, known: str | None) -> Resolved:
+        """As resolve(). While its registry is away, a reference means what is open under it."""
+        try:
+            return await resolve(self.cache, text, options, known, self._sources)
+        except RemoteError as error:
+            if not error.temporary:
+                raise
+            try:
+                offline = options._replace(offline=True)
+                resolved = await resolve(self.cache, text, offline, known, self._sources)
+            except LazyfsError:
+                raise error from None
+            if resolved.manifest_digest not in self.images:
+                await close_source(resolved.source)
+                raise
+            return resolved
+
+    async def _open(self, resolved: Resolved, options: ImageOptions) -> Image:
+        results: dict[str, bytes] = {}
+        failures: list[LazyfsError] = []
+
+        async def config() -> None:
+            try:
+                results["config"] = await load_config(self.cache, resolved)
+            except LazyfsError as error:
+                failures.append(error)
+
+        index, windows_digest = None, ""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(config)
+            try:
+                index, windows_digest = await load_index(self.cache, resolved, offline=options.offline)
+            except NeedsIndexError:
+                pass
+            except LazyfsError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        if index is None:
+            if options.offline or options.push_index:
+                raise NeedsIndexError(resolved.manifest_digest)
+            await self._make_index(resolved, results["config"])
+            index, windows_digest = await load_index(self.cache, resolved, offline=True)
+        async with self._changing:
+            try:
+                image = await trio.to_thread.run_sync(
+                    self._assemble, resolved, index, windows_digest, results["config"], options
+                )
+            except ImageError:  # the next mount shall look for another index than this
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(index_directory(self.cache, resolved.manifest_digest), "index"))
+                raise
+            self.images[resolved.manifest_digest] = image
+            return image
+
+    async def _make_index(self, resolved: Resolved, config: bytes) -> None:
+        """Makes a missing index if nearly all of the image was read before; else raises NeedsIndexError."""
+
+        def load() -> Callable[[BlockCache, Resolved, ImageConfig], Awaitable[None]]:
+            from lazyfs.indexing.small import make_small_index  # here, in a thread: takes 30 ms, and is rarely wanted
+
+            return make_small_index
+
+        make = await trio.to_thread.run_sync(load)
+        await make(self.cache, resolved, parse_config(config))
+
+    def _assemble(
+        self, resolved: Resolved, index: Index, windows_digest: str, config: bytes, options: ImageOptions
+    ) -> Image:
+        """Everything that needs no network: namespace file, cache entries, handles. In a worker thread."""
+        lock_fd = self._lock(resolved.manifest_digest)
+        fresh: dict[str, LayerHandle] = {}
+        try:
+            namespace_path = os.path.join(
+                index_directory(self.cache, resolved.manifest_digest), "namespace.erofs"
+            )
+            namespace = self._namespace(namespace_path, index)
+            layers = [
+                self._layer(resolved, index, windows_digest, device.tag.decode("ascii", "replace"), fresh)
+                for device in ErofsReader(namespace).devices
+            ]
+            sizes = [device.size_bytes for device in ErofsReader(namespace).devices]
+            if sizes != [handle.size_bytes for handle, _ in layers]:
+                raise ImageError("the namespace in the index does not fit its block tables")
+        except BaseException:
+            for handle in fresh.values():
+                handle.layer.close()
+            os.close(lock_fd)
+            raise
+        self.handles.update(fresh)
+        for handle, origin in layers:
+            handle.fetcher.add_origin(origin)
+            handle.timeout_s = options.timeout_s
+        return Image(
+            reference=str(resolved.reference),
+            manifest_digest=resolved.manifest_digest,
+            config=config,
+            namespace_path=namespace_path,
+            layers=tuple(handle for handle, _ in layers),
+            source=resolved.source,
+            lock_fd=lock_fd,
+        )
+
+    def _lock(self, manifest_digest: str) -> int:
+        """Takes the image's directory against eviction, making it anew if it has just been evicted."""
+        while True:
+            path = os.path.join(make_index_directory(self.cache, manifest_digest), "lock")
+            try:
+                lock_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            if lock_shared(lock_fd, path):
+                return lock_fd
+            os.close(lock_fd)
+
+    def _namespace(self, path: str, index: Index) -> bytes:
+        namespace = read_file(path)
+        if namespace is None or hashlib.sha256(namespace).hexdigest() != index.namespace_sha256:
+            namespace = index.namespace()
+            self.cache.write_atomically(path, namespace)
+        return namespace
+
+    def _layer(
+        self,
+        resolved: Resolved,
+        index: Index,
+        windows_digest: str,
+        content_root: str,
+        fresh: dict[str, LayerHandle],
+    ) -> tuple[LayerHandle, Origin]:
+        """The handle of one device, from `fresh` if it was not open before, and where to fetch it."""
+        numbers = [number for number, one in enumerate(index.layers) if one.content_root == content_root]
+        if not numbers:
+            raise ImageError("the namespace in the index names a layer the image does not have")
+        record = index.layers[numbers[0]]
+        handle = self.handles.get(content_root) or fresh.get(content_root)
+        if handle is None:
+            layer = self.cache.create_layer(content_root, index.table(numbers[0]))
+            handle = LayerHandle(layer, LayerFetcher(layer, self._limits, self._nursery))
+            fresh[content_root] = handle
+        spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, index.spans(numbers[0]))
+        if spans.tar_bytes < handle.layer.table.tar_bytes:
+            raise ImageError("the index's tables disagree about a layer's length")
+        if spans.windows > WINDOWS_PER_GROUP * len(record.window_groups):
+            raise ImageError("the index lacks windows that its spans need")
+        remote = (resolved.source, windows_digest) if windows_digest else None
+        groups = os.path.join(index_directory(self.cache, resolved.manifest_digest), "groups")
+        return handle, Origin(
+            resolved.source, record.blob_digest, spans, Windows(record.window_groups, groups, remote)
+        )
+
+    async def aclose(self) -> None:
+        """Closes the connections of all sources. The last act."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+            await self._sources.aclose()
+
+    async def close(self, image: Image) -> None:
+        """One user less; with the last one the image's source and the layers nobody else uses are closed."""
+        async with self._changing:
+            image.users -= 1
+            if image.users:
+                return
+            del self.images[image.manifest_digest]
+            kept = {handle.content_root for other in self.images.values() for handle in other.layers}
+            gone = []
+            for handle in image.layers:
+                gone += handle.fetcher.remove_origins(image.source)
+                if handle.content_root not in kept and handle.content_root in self.handles:
+                    del self.handles[handle.content_root]
+                    handle.layer.close()
+            os.close(image.lock_fd)
+        try:
+            for origin in gone:
+                await origin.stop()
+        finally:
+            await close_source(image.source)

@@ -1,0 +1,236 @@
+"""Blobs over HTTP: whole, by range, and as a stream that resumes. Shared by registries and web layouts.
+
+A `Locator` says where a blob is at the moment; it is asked again when a server refuses (expired signed URLs,
+expired tokens).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Protocol
+
+import trio
+
+from lazyfs.core.oci.digests import DigestCheck, digest_matches
+from lazyfs.errors import ImageError, RemoteError
+from lazyfs.sources.http import BodyTooLarge, HttpClient, Response, StreamResponse
+from lazyfs.sources.urls import redact
+
+# A server that ignores ranges sends the whole blob for each read. Up to 16 MiB that costs a fraction of a
+# second on a common line and is tolerated; beyond it, mounting lazily would fetch the image many times over.
+MAX_WHOLE_BLOB_BYTES = 16 << 20
+STREAM_CHUNK_BYTES = 1 << 20  # one thread hop (50-100 us) per 0.7 ms of hashing
+# A broken stream may resume as often as it likes while it makes this much progress in between.
+PROGRESS_BYTES = 1 << 20
+REFUSED = frozenset(
+    {400, 401, 403, 404, 410}
+)  # what expired signed URLs get: S3, Azure 403; GCS 400; CDNs 404, 410
+MAX_RESOLVES = 3
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:\d{1,19}|\*)")
+
+Check = Callable[[Response], str | None]
+
+
+class Locator(Protocol):
+    """Where one blob is. One object per operation; it may keep state between calls."""
+
+    what: str  # for messages: "blob sha256:... of host/name"
+
+    async def where(self) -> tuple[str, dict[str, str]]:
+        """The URL to ask and the headers to send along."""
+
+    def came_from(self, url: str) -> None:
+        """The answer was found at `url`, after redirects: may be asked directly next time."""
+
+    async def refused(self, status: int, headers: Mapping[str, str]) -> bool:
+        """The place answered 4xx. True = ask `where()` again; raise or return False = give up."""
+
+
+def _content_range(headers: Mapping[str, str]) -> tuple[int, int] | None:
+    """The half-open range of a Content-Range header."""
+    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    return (int(found[1]), int(found[2]) + 1) if found else None
+
+
+def _failed(locator: Locator, status: int) -> RemoteError:
+    return RemoteError(
+        f"{locator.what}: the server answered {status}",
+        "it may have been deleted; check the image"
+        if status == 404
+        else "report this to the server's operator",
+        status=status,
+        temporary=False,
+    )
+
+
+async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes: int) -> bytes:
+    """The whole blob. RemoteError if it cannot be had, ImageError if it is not what its digest says."""
+    for _ in range(2):  # a byte flipped on the way is gone the second time, a wrong blob is not
+        response = await _get(http, locator, {}, size_bytes, None)
+        if response.status != 200:
+            raise _failed(locator, response.status)
+        if len(response.body) == size_bytes and await trio.to_thread.run_sync(
+            digest_matches, response.body, digest
+        ):
+            return response.body
+    raise ImageError(
+        f"{locator.what}: the content does not match its digest", "the registry's copy is damaged"
+    )
+
+
+async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: int, end: int) -> bytes:
+    """Exactly the bytes [start, end) of the blob. RemoteError if they cannot be had."""
+    if not 0 <= start <= end:
+        raise ValueError(f"bad range {start}-{end}")
+    if start == end:
+        return b""
+
+    def check(response: Response) -> str | None:
+        if response.status != 206:
+            return None
+        if _content_range(response.headers) != (start, end) or len(response.body) != end - start:
+            return "the server sent another range than asked for"
+        return None
+
+    # Closed and single: open ranges and several at once are what servers get wrong.
+    headers = {"Range": f"bytes={start}-{end - 1}"}
+    limit = max(end - start, MAX_WHOLE_BLOB_BYTES)
+    try:
+        response = await _get(http, locator, headers, limit, check)
+    except BodyTooLarge:
+        raise RemoteError(
+            f"{locator.what}: the server ignores ranges and sends the whole blob",
+            "such a server cannot be mounted from; copy the image to a registry or an oci: directory",
+            temporary=False,
+        ) from None
+    if response.status == 206:
+        return response.body
+    if response.status == 416:
+        raise ImageError(f"{locator.what}: shorter than {end} bytes", "the registry's copy is damaged")
+    if response.status != 200:
+        raise _failed(locator, response.status)
+    if not await trio.to_thread.run_sync(digest_matches, response.body, digest):
+        raise ImageError(
+            f"{locator.what}: the content does not match its digest", "the registry's copy is damaged"
+        )
+    if len(response.body) < end:
+        raise ImageError(f"{locator.what}: only {len(response.body)} bytes long, {end} are needed")
+    return response.body[start:end]
+
+
+async def _get(
+    http: HttpClient, locator: Locator, headers: dict[str, str], max_body_bytes: int, check: Check | None
+) -> Response:
+    for _ in range(MAX_RESOLVES):
+        url, own = await locator.where()
+        response = await http.send(
+            "GET", url, headers=own | headers, max_body_bytes=max_body_bytes, check=check
+        )
+        if response.status not in REFUSED:
+            locator.came_from(response.url)
+            return response
+        if not await locator.refused(response.status, response.headers):
+            break
+    return response
+
+
+@asynccontextmanager
+async def open_blob_stream(
+    http: HttpClient, locator: Locator, digest: str, size_bytes: int
+) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The whole blob in order, in pieces of at most STREAM_CHUNK_BYTES.
+
+    Resumes by range where a connection broke. After the last piece raises ImageError if the bytes are not the
+    blob that `digest` names: until then the consumer has unverified bytes.
+    """
+    pieces = _pieces(http, locator, digest, size_bytes)
+    try:
+        yield pieces
+    finally:
+        await pieces.aclose()
+
+
+async def _pieces(
+    http: HttpClient, locator: Locator, digest: str, size_bytes: int
+) -> AsyncGenerator[bytes, None]:
+    check = DigestCheck(digest)
+    position, failures, failed_at = 0, 0, 0
+    while position < size_bytes:
+        body = _body_from(http, locator, position, size_bytes)
+        try:
+            async for piece in body:
+                await trio.to_thread.run_sync(check.update, piece)
+                position += len(piece)
+                yield piece
+        except RemoteError as error:
+            failures = 1 if position - failed_at >= PROGRESS_BYTES else failures + 1
+            failed_at = position
+            if not error.temporary or failures >= http.retry.attempts:
+                raise
+            http.counters.retries += 1
+            await trio.sleep(http.retry.delay_s(failures))
+        finally:
+            await body.aclose()
+    if not check.matches():
+        raise ImageError(
+            f"{locator.what}: the content does not match its digest", "the registry's copy is damaged"
+        )
+
+
+async def _body_from(
+    http: HttpClient, locator: Locator, position: int, size_bytes: int
+) -> AsyncGenerator[bytes, None]:
+    """The blob from `position` on, by one request. On a break: what has come, then RemoteError."""
+    headers = {"Range": f"bytes={position}-{size_bytes - 1}"} if position else {}
+    for _ in range(MAX_RESOLVES):
+        url, own = await locator.where()
+        async with http.stream(url, headers=own | headers) as response:
+            if response.status not in REFUSED:
+                locator.came_from(response.url)
+                async with aclosing(_joined(response, locator, position, size_bytes)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            status, answer_headers = response.status, response.headers
+        if not await locator.refused(status, answer_headers):
+            break
+    raise _failed(locator, status)
+
+
+async def _joined(
+    response: StreamResponse, locator: Locator, position: int, size_bytes: int
+) -> AsyncGenerator[bytes, None]:
+    if response.status == 206 and _content_range(response.headers) == (position, size_bytes):
+        skip = 0
+    elif response.status == 200:
+        skip = position  # ranges ignored: read over what is known
+    elif response.status == 206:
+        raise RemoteError(f"GET {redact(response.url)}: the server sent another range than asked for")
+    else:
+        raise _failed(locator, response.status)
+    pending: list[bytes] = []
+    pending_bytes, left = 0, size_bytes - position
+    broken: RemoteError | None = None
+    try:
+        async for chunk in response.chunks:
+            if skip:
+                skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
+            left -= len(chunk)
+            if left < 0:
+                raise ImageError(f"{locator.what}: longer than the {size_bytes} bytes the manifest says")
+            if pending_bytes + len(chunk) > STREAM_CHUNK_BYTES:
+                yield b"".join(pending)
+                pending, pending_bytes = [], 0
+            pending.append(chunk)
+            pending_bytes += len(chunk)
+    except RemoteError as error:
+        broken = error
+    if pending_bytes:
+        yield b"".join(pending)
+    if broken is not None:
+        raise broken
+    if left:
+        raise RemoteError(f"GET {redact(response.url)}: the answer ended {left} bytes early")

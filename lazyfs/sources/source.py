@@ -1,0 +1,113 @@
+"""Where an image's documents and blobs come from: one protocol, chosen by the kind of reference."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from lazyfs.core.oci.documents import Descriptor
+from lazyfs.core.oci.reference import DirectoryReference, Reference, RegistryReference
+from lazyfs.sources.access import SourceOptions
+from lazyfs.sources.transfer import TransferCounters
+
+if TYPE_CHECKING:
+    from lazyfs.sources.http import HttpClient
+
+__all__ = ["Source", "SourceOptions", "Sources", "TransferCounters", "open_source"]
+
+
+class Source(Protocol):
+    """A repository or layout. Used by many tasks of one trio run.
+
+    Raises RemoteError (cannot be had), ImageError (is not what its digest says), HostError,
+    UserError. Retries are inside, bounded by the caller's deadline: give each operation one.
+    """
+
+    counters: TransferCounters
+
+    async def manifest(self, reference: str) -> tuple[bytes, str]:
+        """Tag or digest -> bytes as stored (at most 4 MiB), media type; verified if asked for by digest."""
+
+    async def blob(self, digest: str, size_bytes: int) -> bytes:
+        """The whole blob in memory, size and digest verified. The caller caps the size."""
+
+    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
+        """Exactly the bytes [start, end) of a blob, not verified."""
+
+    def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The whole blob in order in pieces of at most 1 MiB; verified after the last piece (ImageError)."""
+
+    async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
+        """What was attached to a manifest, of one artifact type."""
+
+    async def push_blob(self, data: bytes) -> str:
+        """Store a blob unless it is there; returns its digest."""
+
+    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> str:
+        """Store a manifest under a tag or its digest; returns its digest."""
+
+    async def attach(self, subject: Descriptor, manifest: bytes) -> str:
+        """Store an artifact manifest whose subject is `subject`, findable by `referrers()`."""
+
+    async def aclose(self) -> None:
+        """Release connections and files."""
+
+
+def open_source(reference: Reference, options: SourceOptions, http: HttpClient | None = None) -> Source:
+    """The source for a reference. No I/O except opening a layout's directory (UserError). `aclose()` it.
+
+    `http`: the client to use, closed with the source; by default one of its own. The HTTP stack is
+    imported only for those who need it: it costs more than opening a local layout.
+    """
+    if isinstance(reference, DirectoryReference):
+        from lazyfs.sources.layout import DirectoryLayout
+
+        return DirectoryLayout(reference)
+    http = http or _client(options)
+    if isinstance(reference, RegistryReference):
+        from lazyfs.sources.registry import Registry
+
+        return Registry(reference, http, auth_files=options.auth_files, environ=options.environ)
+    from lazyfs.sources.weblayout import WebLayout
+
+    return WebLayout(reference, http)
+
+
+def preload() -> None:
+    """Imports what sources on the network need, for a process that waits for its first one."""
+    from lazyfs.sources import (
+        http,
+        registry,  # noqa: F401
+    )
+
+    http.preload()
+
+
+def _client(options: SourceOptions) -> HttpClient:
+    from lazyfs.sources.http import HttpClient
+
+    return HttpClient(
+        insecure=options.insecure, ca_files=options.ca_files, max_connections=options.max_connections
+    )
+
+
+class Sources:
+    """Opens sources that share one connection pool for each way of reaching servers (CAs, insecure)."""
+
+    def __init__(self) -> None:
+        self._clients: dict[tuple[bool, tuple[str, ...]], HttpClient] = {}
+
+    def open(self, reference: Reference, options: SourceOptions) -> Source:
+        """As `open_source`."""
+        if isinstance(reference, DirectoryReference):
+            return open_source(reference, options)
+        key = (options.insecure, options.ca_files)
+        if key not in self._clients:
+            self._clients[key] = _client(options)
+        return open_source(reference, options, self._clients[key].sibling(options.patience_s))
+
+    async def aclose(self) -> None:
+        """Closes all connections; the sources cannot be used any more."""
+        for client in self._clients.values():
+            await client.aclose()

@@ -1,0 +1,215 @@
+"""Authorization headers for one repository: Bearer tokens with single-flight refresh, Basic, anonymous.
+
+Protocol: Docker's token authentication (distribution docs, spec/auth/token.md and oauth.md), which all
+registries follow. A header is fetched when a server asks for it (401) and replaced shortly before it expires.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.errors import RemoteError
+from lazyfs.sources.challenges import parse_challenge
+from lazyfs.sources.credentials import Credentials, find_credentials
+from lazyfs.sources.http import HttpClient
+from lazyfs.sources.urls import is_link_local, is_loopback, origin, redact
+
+MAX_TOKEN_BYTES = 1 << 20  # of the token server's answer; tokens themselves are a few KiB
+MAX_TOKEN_CHARS = 16 << 10  # servers refuse longer headers anyway
+DEFAULT_LIFE_S = 60.0  # token.md: what a missing expires_in means
+MAX_LIFE_S = 86400.0
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")  # RFC 6750 section 2.1; keeps line ends out of headers
+_SCOPE = re.compile(r"[\x21-\x7e ]{1,512}")
+
+
+@dataclass
+class _Grant:
+    """An Authorization header and when to replace it (trio clock, seconds)."""
+
+    header: str
+    renew_at_s: float
+
+
+class Authorizer:
+    """Keeps the Authorization headers of one repository, one per set of actions ("pull", "pull,push")."""
+
+    def __init__(
+        self,
+        http: HttpClient,
+        base_url: str,
+        registry: str,
+        repository: str,
+        auth_files: Sequence[str] | None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._http = http
+        self._base_url = base_url
+        self._registry = registry
+        self._repository = repository
+        self._auth_files = auth_files
+        self._environ = environ
+        self._grants: dict[str, _Grant] = {}
+        self._challenges: dict[str, tuple[str, dict[str, str]]] = {}
+        self._credentials: Credentials | None = None
+        self._looked_up = False
+        self._lock = trio.Lock()
+
+    async def header(self, actions: str) -> str | None:
+        """The header to send with a request now, None as long as the server has not asked for one."""
+        grant = self._grants.get(actions)
+        if grant is None or trio.current_time() < grant.renew_at_s:
+            return grant.header if grant is not None else None
+        return await self.renew(actions, grant.header, None)
+
+    async def renew(self, actions: str, used: str | None, challenge_header: str | None) -> str:
+        """A new header after the server refused `used` with this WWW-Authenticate header, or as it expires.
+
+        Many requests may meet the 401 at once: the first fetches, the others get what it fetched. RemoteError
+        (status 401, not temporary) if access is denied.
+        """
+        async with self._lock:
+            grant = self._grants.get(actions)
+            if grant is not None and grant.header != used and trio.current_time() < grant.renew_at_s:
+                return grant.header
+            if challenge_header is not None:
+                self._challenges[actions] = parse_challenge(challenge_header)
+            scheme, parameters = self._challenges.get(actions, ("", {}))
+            if not self._looked_up:
+                self._credentials = await find_credentials(
+                    self._registry, self._repository, self._auth_files, environ=self._environ
+                )
+                self._looked_up = True
+            if scheme == "bearer":
+                grant = await self._bearer(actions, parameters)
+            elif scheme == "basic":
+                grant = self._basic(used)
+            else:
+                raise RemoteError(
+                    f"{self._registry} asks for a login in a way that is not supported",
+                    "supported are Basic and Bearer",
+                    status=401,
+                    temporary=False,
+                )
+            self._grants[actions] = grant
+            return grant.header
+
+    def denied(self) -> RemoteError:
+        """The error for a server that goes on refusing."""
+        known = "the stored login is not accepted" if self._credentials else "no login is stored for it"
+        return RemoteError(
+            f"{self._registry} denies access to {self._repository}: {known}",
+            f"check the name, or log in: skopeo login {self._registry}",
+            status=401,
+            temporary=False,
+        )
+
+    def _basic(self, used: str | None) -> _Grant:
+        login = self._credentials
+        if login is None or not login.username:
+            raise self.denied()
+        header = "Basic " + base64.b64encode(f"{login.username}:{login.password}".encode()).decode()
+        if header == used:
+            raise self.denied()
+        return _Grant(header, float("inf"))
+
+    async def _bearer(self, actions: str, parameters: dict[str, str]) -> _Grant:
+        login = self._credentials
+        if login is not None and login.registry_token:
+            return _Grant(_bearer_header(login.registry_token, self._registry), float("inf"))
+        realm = self._checked_realm(parameters.get("realm", ""))
+        scope = self._scope(parameters.get("scope", ""), actions)
+        if not _SCOPE.fullmatch(scope):
+            raise RemoteError(f"{self._registry} asks for a malformed scope", temporary=False)
+        fields = {"service": parameters["service"]} if parameters.get("service") else {}
+        headers: dict[str, str] = {}
+        if login is not None and login.identity_token:
+            fields |= {
+                "grant_type": "refresh_token",
+                "client_id": "lazyfs",
+                "refresh_token": login.identity_token,
+            }
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urllib.parse.urlencode(fields | {"scope": scope}).encode()
+            answer = await self._http.send(
+                "POST", realm, headers=headers, content=body, max_body_bytes=MAX_TOKEN_BYTES
+            )
+        else:
+            if login is not None and login.username:
+                pair = f"{login.username}:{login.password}".encode()
+                headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+            # oauth.md: several scopes are several parameters in the GET form.
+            query = urllib.parse.urlencode([*fields.items(), *(("scope", part) for part in scope.split(" "))])
+            url = realm + ("&" if "?" in realm else "?") + query
+            answer = await self._http.send("GET", url, headers=headers, max_body_bytes=MAX_TOKEN_BYTES)
+        if answer.status in (400, 401, 403):
+            raise self.denied()
+        if answer.status != 200:
+            raise RemoteError(
+                f"the token server {redact(realm)} answered {answer.status}",
+                "try again later",
+                status=answer.status,
+                temporary=False,
+            )
+        return _parse_token(answer.body, redact(realm))
+
+    def _scope(self, asked: str, actions: str) -> str:
+        """What the registry asked for, and `actions`: it answers the HEAD before a push with "pull"."""
+        prefix = f"repository:{self._repository}:"
+        if not asked or (asked.startswith(prefix) and " " not in asked):
+            wanted = {*actions.split(","), *asked.removeprefix(prefix).split(",")} - {""}
+            return prefix + ",".join(sorted(wanted))
+        return asked
+
+    def _checked_realm(self, realm: str) -> str:
+        """The realm, if credentials may be sent there. RemoteError if not.
+
+        It comes from the registry's answer: https is a must unless the registry itself is reached by plain
+        http, and no registry on the network may point at this host or at link-local ones (cloud metadata).
+        """
+        problem = RemoteError(
+            f"{self._registry} names a token server that is not allowed: {redact(realm)[:100]}",
+            "report this to the registry's operator",
+            temporary=False,
+        )
+        try:
+            parts = urllib.parse.urlsplit(realm)
+            scheme, host, _ = origin(realm)
+        except (RemoteError, ValueError):
+            raise problem from None
+        base_scheme, base_host, _ = origin(self._base_url)
+        if parts.username is not None or parts.fragment or not realm.isascii() or not realm.isprintable():
+            raise problem
+        if scheme == "http" and base_scheme != "http":
+            raise problem
+        if host != base_host and not is_loopback(base_host) and (is_loopback(host) or is_link_local(host)):
+            raise problem
+        return realm
+
+
+def _bearer_header(token: object, who: str) -> str:
+    if not isinstance(token, str) or len(token) > MAX_TOKEN_CHARS or not _TOKEN.fullmatch(token):
+        raise RemoteError(f"{who} gave a malformed token", "report this to its operator", temporary=False)
+    return f"Bearer {token}"
+
+
+def _parse_token(raw: bytes, who: str) -> _Grant:
+    try:
+        document = json.loads(raw)
+        if not isinstance(document, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise RemoteError(f"{who} did not answer with a token", temporary=False) from None
+    life_s = document.get("expires_in")
+    if isinstance(life_s, bool) or not isinstance(life_s, int | float) or not 0 < life_s <= MAX_LIFE_S:
+        life_s = DEFAULT_LIFE_S
+    # Renew a little early (a fifth, at most 10 s), so that it does not expire on the way. The local clock
+    # counts from now, since the server's clock may differ.
+    renew_at_s = trio.current_time() + life_s - min(10.0, life_s / 5)
+    return _Grant(_bearer_header(document.get("token") or document.get("access_token"), who), renew_at_s)

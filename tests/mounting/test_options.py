@@ -1,0 +1,161 @@
+"""Mount options: what mount(8) hands over, what users write, and everything else."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.commands import mounthelper
+from lazyfs.errors import UserError
+from lazyfs.mounting import options
+from lazyfs.mounting.options import MountOptions, parse, quote, split
+
+
+def test_defaults_are_read_only_and_safe() -> None:
+    assert parse([]) == MountOptions()
+    assert parse(["", "defaults", ",,"]) == MountOptions()
+    wanted = MountOptions()
+    assert not wanted.writable and not wanted.dev and not wanted.suid and wanted.executable
+
+
+def test_every_option() -> None:
+    text = (
+        "rw,upperdir=/u,workdir=/w,backend=fuse,offline,cache=/c,dev,suid,noexec,allow_other,insecure,"
+        "foreground,timeout=2.5,platform=linux/arm64/v8,authfile=/a,ca=/1,ca=/2"
+    )
+    assert parse([text]) == MountOptions(
+        writable=True,
+        upperdir="/u",
+        workdir="/w",
+        backend="fuse",
+        offline=True,
+        cache="/c",
+        dev=True,
+        suid=True,
+        executable=False,
+        allow_other=True,
+        insecure=True,
+        foreground=True,
+        timeout_s=2.5,
+        platform="linux/arm64/v8",
+        auth_files=("/a",),
+        ca_files=("/1", "/2"),
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["rw,ro", "dev,nodev", "suid,nosuid", "noexec,exec", "timeout=1,timeout=30s"]
+)
+def test_the_last_one_wins(text: str) -> None:
+    assert parse([text]) == MountOptions()
+    assert parse(text.split(",")) == MountOptions()  # also over several -o
+
+
+def test_user_mounts_imply_what_mount_8_says() -> None:
+    assert parse(["dev,suid,user"]) == MountOptions(executable=False)
+    assert parse(["users,exec,dev"]) == MountOptions(dev=True)
+    assert parse(["suid,owner"]) == MountOptions()
+
+
+def test_options_for_others_are_ignored() -> None:
+    text = (
+        "_netdev,nofail,auto,noauto,async,sync,atime,noatime,relatime,x-systemd.automount,"
+        "x-systemd.mount-timeout=60,X-mount.mkdir=0755,comment=x,uhelper=udisks2,nouser,user=anna,exec"
+    )
+    assert parse([text]) == MountOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ('cache="/a,b"', [("cache", "/a,b")]),
+        (r"cache=/a\,b,ro", [("cache", "/a,b"), ("ro", None)]),
+        (r"cache=/a\b", [("cache", r"/a\b")]),
+        ('a="x=y",b=', [("a", "x=y"), ("b", "")]),
+        (" rw , ro ", [("rw", None), ("ro", None)]),
+    ],
+)
+def test_commas_in_values(text: str, values: list[tuple[str, str | None]]) -> None:
+    assert list(split(text)) == values
+
+
+@given(st.text(st.characters(exclude_characters="\0")), st.text(st.characters(exclude_characters="\0")))
+def test_quoted_values_come_back(first: str, second: str) -> None:
+    names = [("a", first), ("b", second)]
+    pairs = list(split(",".join(f"{name}={quote(value)}" for name, value in names)))
+    assert [(name, (value or "").strip(" \t")) for name, value in pairs] == [
+        (name, value.strip(" \t")) for name, value in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bakend=fuse", "did you mean backend"),
+        ("sizelimit", "unknown mount option sizelimit"),
+        ("backend=nfs", "backend=auto, kernel or fuse"),
+        ("backend", "backend"),
+        ("timeout=soon", "timeout=30"),
+        ("timeout=nan", "timeout=30"),
+        ("timeout=inf", "timeout=30"),
+        ("timeout=-1", "timeout=30"),
+        ("timeout=0", "timeout=30"),
+        ("platform=linux", "platform=linux/arm64/v8"),
+        ("platform=linux//v8", "platform=linux/arm64/v8"),
+        ("platform=linux/../x", ""),
+        ("cache=", "needs a path"),
+        ("cache", "needs a path"),
+        ("cache=/a\0b", "needs a path"),
+        ("ro=1", "takes no value"),
+        ("noatime=1", "unknown mount option noatime"),
+        ("upperdir=/u", "rw"),
+        ("rw,workdir=/w", "upperdir="),
+        ("remount,rw", "remounted"),
+        ('cache="/a', "unclosed quote"),
+        ("=x", "without a name"),
+    ],
+)
+def test_refusals_name_the_option_and_the_remedy(text: str, message: str) -> None:
+    if text == "platform=linux/../x":  # dots are allowed inside a part; it is looked up, never used as a path
+        assert parse([text]).platform == "linux/../x"
+        return
+    with pytest.raises(UserError) as caught:
+        parse([text])
+    assert message in str(caught.value)
+
+
+def test_sloppy_passes_over_the_unknown_but_not_over_wrong_values() -> None:
+    assert parse(["sizelimit=3,rw"], sloppy=True).writable
+    with pytest.raises(UserError):
+        parse(["timeout=soon"], sloppy=True)
+
+
+def test_paths_become_absolute() -> None:
+    assert parse(["cache=sub/../c"], directory="/d").cache == "/d/c"
+    assert parse(["cache=c"]).cache == os.path.join(os.getcwd(), "c")
+    assert parse(["ca=~/ca.pem"]).ca_files == (os.path.expanduser("~/ca.pem"),)
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([*"=,\\\"' /~.0", *options.KNOWN]), max_size=12).map("".join), max_size=3
+    )
+)
+def test_any_text_gives_options_or_the_clear_error(texts: list[str]) -> None:
+    try:
+        parse(texts)
+    except UserError as error:
+        assert error.hint
+
+
+def test_mount_says_rw_for_everybody() -> None:
+    def writable(text: str) -> bool:
+        return mounthelper.parse(["image", "/mnt", "-o", text]).options.writable
+
+    assert not writable("rw")
+    assert writable("rw,ephemeral")
+    assert writable("rw,upperdir=/u,workdir=/w")
+    assert not writable("rw,ephemeral,ro")

@@ -1,0 +1,332 @@
+"""The distribution API against Debian's docker-registry: pulling, pushing, attaching, TLS and logins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+
+from lazyfs.core.oci import documents
+from lazyfs.core.oci.documents import Descriptor, Manifest
+from lazyfs.core.oci.reference import parse_reference
+from lazyfs.errors import HostError, ImageError, RemoteError
+from lazyfs.sources.failures import RetryPolicy
+from lazyfs.sources.http import HttpClient
+from lazyfs.sources.source import SourceOptions, open_source
+from lazyfs.sources.tokens import Authorizer
+from tests.conftest import ROOT
+from tests.servers import FaultProxy, RegistryServer, Rule, StaticServer, TokenServer, sha256_digest
+from tests.sources.repositories import BLOB, DEADLINE_S, login, open_registry, read_stream
+
+TYPE = "application/vnd.lazyfs.test.v1"
+DIGEST = sha256_digest(BLOB)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    """A registry with one image, demo:latest, whose only layer is BLOB."""
+    with RegistryServer(tmp_path_factory.mktemp("registry")) as running:
+        running.put_image("demo", "latest", [BLOB])
+        yield running
+
+
+async def test_pull(server: RegistryServer) -> None:
+    """Manifest by tag and digest, config, ranges and the stream, without any credentials."""
+    async with open_registry(server.host) as registry:
+        raw, media_type = await registry.manifest("latest")
+        manifest = documents.parse_manifest(raw, media_type)
+        assert isinstance(manifest, Manifest)
+        assert await registry.manifest(sha256_digest(raw)) == (raw, media_type)
+        config = await registry.blob(manifest.config.digest, manifest.config.size_bytes)
+        assert documents.parse_config(config).diff_ids == (DIGEST,)
+        for start, end in ((0, 1), (5, 70_000), (len(BLOB) - 1, len(BLOB)), (0, len(BLOB)), (9, 9)):
+            assert await registry.blob_range(DIGEST, start, end) == BLOB[start:end]
+        assert await read_stream(registry, DIGEST, len(BLOB)) == BLOB
+        assert registry.counters.bytes_fetched > 2 * len(BLOB) and registry.counters.retries == 0
+
+
+async def test_what_is_missing(server: RegistryServer) -> None:
+    """404 is told at once, with what to do; a range beyond the blob is an error, not a short answer."""
+    async with open_registry(server.host, retry=RetryPolicy(attempts=1)) as registry:
+        for name in ("absent", "sha256:" + "0" * 64):
+            with pytest.raises(RemoteError, match="does not exist") as caught:
+                await registry.manifest(name)
+            assert caught.value.status == 404 and not caught.value.temporary
+        with pytest.raises(RemoteError, match="404"):
+            await registry.blob("sha256:" + "0" * 64, 1)
+        for start in (len(BLOB), len(BLOB) - 1):
+            with pytest.raises((ImageError, RemoteError)):
+                await registry.blob_range(DIGEST, start, len(BLOB) + 1)
+        with pytest.raises(ImageError):
+            await registry.blob_range("sha256:../../x", 0, 1)
+        with pytest.raises((RemoteError, ImageError)):
+            await registry.blob(DIGEST, len(BLOB) - 1)
+        with pytest.raises((RemoteError, ImageError)):
+            await registry.blob(DIGEST, len(BLOB) + 1)
+        assert registry.counters.retries == 0
+
+
+async def test_wrong_digest_is_an_image_error(server: RegistryServer, tmp_path: Path) -> None:
+    """Whatever the registry stores under a digest is checked."""
+    good = b"original content"
+    digest = server.put_blob("damaged", good)
+    manifest = server.put_image("damaged", "latest", [good])
+    for name in (digest, manifest):
+        value = name.removeprefix("sha256:")
+        path = server.blobs_dir / "sha256" / value[:2] / value / "data"
+        path.write_bytes(path.read_bytes().replace(b"o", b"0"))
+    async with open_registry(server.host, "damaged") as registry:
+        with pytest.raises(ImageError, match="digest"):
+            await registry.blob(digest, len(good))
+        with pytest.raises(ImageError, match="digest"):
+            await read_stream(registry, digest, len(good))
+        with pytest.raises((ImageError, RemoteError)):
+            await registry.manifest(manifest)
+
+
+async def test_push_and_attach(server: RegistryServer) -> None:
+    """docker-registry has no referrers API: the fallback tag finds what was attached, old and new."""
+    async with open_registry(server.host, "pushed/deep") as registry:
+        layer = await registry.push_blob(b"layer")
+        assert await registry.push_blob(b"layer") == layer == sha256_digest(b"layer")
+        assert await registry.blob(layer, 5) == b"layer"
+        image = {
+            "schemaVersion": 2,
+            "mediaType": documents.MEDIA_MANIFEST,
+            "config": Descriptor(documents.MEDIA_CONFIG, layer, 5).to_json(),
+            "layers": [Descriptor("application/x.layer", layer, 5).to_json()],
+        }
+        raw = json.dumps(image).encode()
+        digest = await registry.push_manifest(raw, documents.MEDIA_MANIFEST, "v1")
+        assert (await registry.manifest("v1"))[0] == raw == (await registry.manifest(digest))[0]
+        subject = Descriptor(documents.MEDIA_MANIFEST, digest, len(raw))
+        assert await registry.referrers(digest, TYPE) == []
+        await registry.push_blob(b"{}")
+        attached = []
+        for number in range(2):
+            artifact = documents.build_artifact(TYPE, [Descriptor("a/b", layer, 5)], subject, {"n": str(number)})
+            attached.append(await registry.attach(subject, artifact))
+            assert await registry.attach(subject, artifact) == attached[-1]
+        found = await registry.referrers(digest, TYPE)
+        assert [d.digest for d in found] == attached
+        assert [(d.annotations, d.artifact_type) for d in found] == [({"n": str(n)}, TYPE) for n in range(2)]
+        assert await registry.referrers(digest, "application/other") == []
+        with pytest.raises(ImageError):
+            await registry.attach(Descriptor(documents.MEDIA_MANIFEST, layer, 5), artifact)
+
+
+async def test_attach_to_a_registry_that_tracks_subjects(server: RegistryServer, tmp_path: Path) -> None:
+    """A referrers API is used where there is one: listed entries of the wanted type come back."""
+    subject = sha256_digest(b"subject")
+    wanted = Descriptor(documents.MEDIA_MANIFEST, sha256_digest(b"a"), 1, artifact_type=TYPE)
+    other = Descriptor(documents.MEDIA_MANIFEST, sha256_digest(b"b"), 1, artifact_type="application/x")
+    # nginx plays the API: its files are what such a registry would answer.
+    place = tmp_path / "www/v2/demo/referrers" / subject
+    place.parent.mkdir(parents=True)
+    place.write_bytes(documents.add_to_index(documents.add_to_index(None, wanted), other))
+    with StaticServer(tmp_path / "www", tmp_path) as web:
+        async with open_registry(web.host) as registry:
+            assert await registry.referrers(subject, TYPE) == [wanted]
+
+
+async def test_basic_auth(tmp_path: Path) -> None:
+    """A login from an auth file is sent only after the registry asked; a wrong or missing one is told."""
+    with RegistryServer(tmp_path, htpasswd=("me", "pass:word")) as server, FaultProxy(server) as proxy:
+        server.put_image("demo", "latest", [BLOB])
+        files = login(tmp_path, proxy.host, "me", "pass:word")
+        async with open_registry(proxy.host, auth_files=files) as registry:
+            assert await registry.blob_range(DIGEST, 3, 9) == BLOB[3:9]
+            await registry.push_blob(b"pushed")
+            assert "authorization" not in proxy.requests[0].headers
+        async with open_registry(proxy.host) as registry:
+            with pytest.raises(RemoteError, match="no login is stored") as caught:
+                await registry.manifest("latest")
+            assert caught.value.status == 401 and not caught.value.temporary
+        wrong = login(tmp_path, proxy.host, "me", "SECRET")
+        async with open_registry(proxy.host, auth_files=wrong) as registry:
+            with pytest.raises(RemoteError, match="not accepted") as caught:
+                await registry.blob_range(DIGEST, 3, 9)
+            assert "SECRET" not in str(caught.value)
+
+
+async def test_bearer_single_flight(tmp_path: Path) -> None:
+    """Twenty requests at once fetch one token; it is used again, and renewed before it expires."""
+    with (
+        TokenServer({"me": "secret"}, expires_in_s=300) as tokens,
+        RegistryServer(tmp_path, token=tokens) as server,
+    ):
+        server.put_image("demo", "latest", [BLOB])
+        files = login(tmp_path, server.host, "me", "secret")
+        async with open_registry(server.host, auth_files=files) as registry:
+            await registry._connect()
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(registry.blob_range, DIGEST, 0, 10)
+            assert [request.user for request in tokens.requests] == ["me"]
+            assert tokens.requests[0].scopes == ["repository:demo:pull"]
+            await registry.push_blob(b"x")
+            assert len(tokens.requests) == 2 and set(
+                tokens.requests[1].scopes[0].split(":")[2].split(",")
+            ) == {
+                "pull",
+                "push",
+            }
+            assert registry._authorizer is not None
+            registry._authorizer._grants["pull"].renew_at_s = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(registry.blob_range, DIGEST, 0, 10)
+            assert len(tokens.requests) == 3
+
+
+async def test_bearer_expired_token(tmp_path: Path) -> None:
+    """A token that dies earlier than it said is replaced after the 401."""
+    # docker-registry allows 60 s of leeway, so the first token is long dead and the next ones live.
+    with TokenServer() as tokens, RegistryServer(tmp_path, token=tokens) as server:
+        tokens.life_s = -100
+        async with open_registry(server.host) as registry:
+            with pytest.raises(RemoteError, match="denies access"):
+                await registry.manifest("latest")
+            assert len(tokens.requests) == 2
+            tokens.life_s = None
+            server.put_image("demo", "latest", [BLOB])
+            assert await registry.blob_range(DIGEST, 0, 10) == BLOB[:10]
+            assert (await registry.manifest("latest"))[1] == documents.MEDIA_MANIFEST
+            assert len(tokens.requests) == 3
+
+
+async def test_bearer_identity_token_and_denial(tmp_path: Path) -> None:
+    """An identity token goes by POST; a token server that refuses means access denied."""
+    with (
+        TokenServer({"me": "x"}, identity_tokens={"REFRESH": "me"}) as tokens,
+        RegistryServer(tmp_path, token=tokens) as server,
+    ):
+        server.put_image("demo", "latest", [BLOB])
+        path = tmp_path / "identity.json"
+        path.write_text(json.dumps({"auths": {server.host: {"identitytoken": "REFRESH"}}}))
+        async with open_registry(server.host, auth_files=[str(path)]) as registry:
+            assert await registry.blob_range(DIGEST, 0, 10) == BLOB[:10]
+            assert tokens.requests[0].method == "POST"
+        async with open_registry(server.host) as registry:
+            with pytest.raises(RemoteError, match="denies access"):
+                await registry.manifest("latest")
+
+
+@pytest.mark.parametrize(
+    "realm",
+    ["", "ftp://x/t", "http://user@127.0.0.1:1/t", "http://registry.example/t", "http://[bad/t", "/token"],
+)
+async def test_bad_realms(server: RegistryServer, realm: str) -> None:
+    """Credentials go to no odd place. (Plain http beyond this host is refused by the HTTP client.)"""
+    rule = Rule("status", status=401, times=None, headers={"WWW-Authenticate": f'Bearer realm="{realm}"'})
+    with FaultProxy(server, rule) as proxy:
+        async with open_registry(proxy.host) as registry:
+            with pytest.raises(RemoteError) as caught:
+                await registry.manifest("latest")
+            assert not caught.value.temporary and registry.counters.retries == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "realm", "allowed"),
+    [
+        ("https://registry-1.docker.io", "https://auth.docker.io/token", True),
+        ("https://gitlab.example:5050", "https://gitlab.example/jwt/auth?x=y", True),
+        ("https://registry.example", "http://registry.example/token", False),
+        ("https://registry.example", "https://127.0.0.1/token", False),
+        ("https://registry.example", "https://localhost/token", False),
+        ("https://registry.example", "https://169.254.169.254/token", False),
+        ("https://registry.example", "https://[fe80::1]/token", False),
+        ("https://registry.example", "https://0.0.0.0/token", False),
+        ("https://127.0.0.1:5000", "https://127.0.0.1:5001/token", True),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5001/token", True),
+    ],
+)
+async def test_realm_policy(base: str, realm: str, allowed: bool) -> None:
+    """Where a registry may send us with its credentials."""
+    authorizer = Authorizer(HttpClient(), base, "r", "demo", ())
+    if allowed:
+        assert authorizer._checked_realm(realm) == realm
+    else:
+        with pytest.raises(RemoteError, match="not allowed"):
+            authorizer._checked_realm(realm)
+
+
+async def test_tls(tmp_path: Path) -> None:
+    """The CA can be given, or lie in certs.d; without it the certificate is refused; insecure skips."""
+    ca = trustme.CA()
+    ca_file = tmp_path / "ca.crt"
+    ca_file.write_bytes(ca.cert_pem.bytes())
+    with RegistryServer(tmp_path, tls=ca) as server:
+        server.put_image("demo", "latest", [BLOB])
+        certs = tmp_path / "certs.d" / server.host
+        certs.mkdir(parents=True)
+        (certs / "own.crt").write_bytes(ca.cert_pem.bytes())
+        async with open_registry(server.host, ca_files=[str(ca_file)]) as registry:
+            assert await registry.blob_range(DIGEST, 0, 10) == BLOB[:10]
+        async with open_registry(server.host, certs_dirs=[str(tmp_path / "certs.d")]) as registry:
+            assert await registry.blob_range(DIGEST, 0, 10) == BLOB[:10]
+        async with open_registry(server.host, insecure=True) as registry:
+            assert await registry.blob_range(DIGEST, 0, 10) == BLOB[:10]
+        async with open_registry(server.host) as registry:
+            with pytest.raises(RemoteError, match="certificate is not trusted") as caught:
+                await registry.manifest("latest")
+            assert "certs.d" in caught.value.hint and registry.counters.retries == 0
+        (tmp_path / "bad.crt").write_text("no PEM")
+        async with open_registry(server.host, ca_files=[str(tmp_path / "bad.crt")]) as registry:
+            with pytest.raises(HostError, match=r"bad\.crt"):
+                await registry.manifest("latest")
+
+
+async def test_open_source(server: RegistryServer) -> None:
+    """The public way in."""
+    source = open_source(parse_reference(f"{server.host}/demo"), SourceOptions(auth_files=()))
+    with trio.fail_after(DEADLINE_S):
+        try:
+            assert (await source.manifest("latest"))[1] == documents.MEDIA_MANIFEST
+        finally:
+            await source.aclose()
+
+
+async def test_no_plain_http_beyond_this_host() -> None:
+    """http to another host needs the option insecure; nothing is sent."""
+    client = HttpClient()
+    with trio.fail_after(DEADLINE_S), pytest.raises(RemoteError, match="plain http"):
+        await client.send("GET", "http://192.0.2.1/v2/?token=SECRET")
+    await client.aclose()
+
+
+def test_preloading_leaves_nothing_to_import(tmp_path: Path) -> None:
+    """A daemon at rest has imported all that its first mount from a registry will need."""
+    code = """
+import sys
+import trio
+from lazyfs import source
+from lazyfs.core.reference import parse_reference
+from lazyfs.errors import RemoteError
+
+source.preload()
+before = set(sys.modules)
+
+async def ask():
+    opened = source.open_source(parse_reference(sys.argv[1]), source.SourceOptions())
+    print((await opened.manifest("latest"))[1])
+    await opened.aclose()
+
+try:
+    trio.run(ask)
+except RemoteError as error:
+    print(error.status)
+print(*sorted(set(sys.modules) - before))
+"""
+    with RegistryServer(tmp_path) as server:
+        words = [sys.executable, "-c", code, f"{server.host}/none:latest"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    status, loaded = done.stdout.split("\n")[:2]
+    assert status == "404"
+    assert not [name for name in loaded.split() if name.split(".")[0] in ("lazyfs", "httpx", "httpcore", "h11", "trio")]
