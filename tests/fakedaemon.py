@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 
 from lazyfs.control import messages
-from lazyfs.errors import HostError, RemoteError
+from lazyfs.errors import HostError, RemoteError, Unsupported
 from lazyfs.system.detached import attach, clone_mount, erofs_mount_detached
 from lazyfs.system.mountapi import MNT_DETACH, umount2
 from lazyfs.system.mountinfo import mounts
@@ -107,7 +107,7 @@ class Fake:
             connection.sendall(messages.failure(RemoteError("registry.test answers 503", "try later")))
             return
         if name == "hostproblem" and request.op == "mount":
-            connection.sendall(messages.failure(HostError("no EROFS from files here")))
+            connection.sendall(messages.failure(Unsupported("no EROFS from files here")))
             return
         if name == "dies" or (name == "dies-once" and not (self.cache / "died").exists()):
             (self.cache / "died").touch()

@@ -40,9 +40,10 @@ def error_from(reply: Mapping[str, Any]) -> LazyfsError:
     """The error that the daemon reported. A malformed one is a ProtocolError (returned, not raised)."""
     value = reply.get("error")
     if isinstance(value, dict):
-        kind, message, hint = value.get("kind"), value.get("message"), value.get("hint", "")
-        if isinstance(kind, str) and kind in KINDS and isinstance(message, str) and isinstance(hint, str):
-            return KINDS[kind](message, hint)
+        message, hint = value.get("message"), value.get("hint", "")
+        known = [name for name in (value.get("code"), value.get("kind")) if isinstance(name, str) and name in KINDS]
+        if known and isinstance(message, str) and isinstance(hint, str):
+            return KINDS[known[0]](message, hint)
     return ProtocolError("the daemon reported an error in an unknown form", "see its daemon.log")
 
 

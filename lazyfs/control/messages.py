@@ -5,7 +5,9 @@ One request a line, answered by any number of ``{"progress": text}`` lines and t
     {"ok": true, ...}                                    for "mount" one descriptor comes with it, and
                                                          "image" (canonical), "manifest_digest", "joined"
     {"needs_index": true, "manifest_digest": ...}        the image has no index yet: build one, ask again
-    {"error": {"kind", "message", "hint"}}               kind: user, remote, image or host
+    {"error": {"kind", "code", "message", "hint"}}       kind: user, remote, image or host; code: LazyfsError.code,
+                                                         more exact (an older daemon sends none, a newer one
+                                                         perhaps others: then the kind counts)
 
 Requests (`parse_request` checks them on the daemon's side):
 
@@ -35,7 +37,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
+from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, Unsupported, UserError
 
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_REPLY_BYTES = 4 * 1024 * 1024  # "list" with thousands of mounts
@@ -56,11 +58,9 @@ HOME_VARIABLES = (
     "PATH",  # where docker-credential-* helpers are
 )
 
+# What an error reply becomes, by its code, or else by its kind.
 KINDS: dict[str, type[LazyfsError]] = {
-    "user": UserError,
-    "remote": RemoteError,
-    "image": ImageError,
-    "host": HostError,
+    one.code: one for one in (UserError, RemoteError, ImageError, HostError, NotFound, Unsupported)
 }
 
 VERSIONS = "client and daemon may differ in version: lazyfs daemon --upgrade"
@@ -288,6 +288,5 @@ def needs_index(manifest_digest: str) -> bytes:
 
 
 def failure(error: LazyfsError) -> bytes:
-    return encode(
-        {"error": {"kind": error.fault, "message": error.message[:16384], "hint": error.hint[:16384]}}
-    )
+    fields = {"kind": error.fault, "code": error.code, "message": error.message[:16384], "hint": error.hint[:16384]}
+    return encode({"error": fields})

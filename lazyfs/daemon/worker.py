@@ -37,7 +37,7 @@ from lazyfs.daemon.devices import Awake, Sleeper
 from lazyfs.daemon.keeper import parse_arguments
 from lazyfs.daemon.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
 from lazyfs.daemon.roots import Released, Remembered, Root, hold_name, is_shown, load_state, root_entry, save_state
-from lazyfs.errors import HostError, LazyfsError, RemoteError, UserError
+from lazyfs.errors import HostError, LazyfsError, RemoteError, Unsupported, UserError
 from lazyfs.fuse import tuning
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
 from lazyfs.images.documents import NeedsIndexError
@@ -118,7 +118,7 @@ class Daemon:
         for handle in image.layers:
             known = self._nodes.setdefault(node_of(handle.content_root), Awake(self, handle))
             if known.content_root != handle.content_root:
-                raise HostError("two layers have the same node id", "mount the image with backend=fuse")
+                raise Unsupported("two layers have the same node id", "mount the image with backend=fuse")
 
     def _release_nodes(self, root: Root) -> None:
         """Forgets the devices that only this root uses."""

@@ -12,7 +12,7 @@ from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, MAX_INDEX_BYTES, WINDOWS_MEDIA_TYPE, Index
 from lazyfs.core.oci.documents import Descriptor, Manifest, parse_config, parse_manifest
 from lazyfs.core.oci.reference import is_digest
-from lazyfs.errors import ImageError, RemoteError
+from lazyfs.errors import ImageError, NotFound, RemoteError
 from lazyfs.images.resolve import Resolved
 from lazyfs.sources.source import Source
 
@@ -68,7 +68,7 @@ async def load_index(cache: BlockCache, resolved: Resolved, *, offline: bool = F
                 windows = [one.digest for one in artifact.layers[1:] if one.media_type == WINDOWS_MEDIA_TYPE]
                 blob = await source.blob(tables.digest, tables.size_bytes)
                 index = checked_index(blob, resolved, windows[0] if windows else "")
-            except ImageError:
+            except (ImageError, NotFound):
                 continue
             except RemoteError as error:
                 if error.temporary:
@@ -86,7 +86,7 @@ async def _referrers(source: Source, manifest_digest: str) -> list[Descriptor]:
     except RemoteError as error:
         if error.temporary:
             raise
-    except ImageError:
+    except (ImageError, NotFound):
         pass
     return []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lazyfs.control.client import Connection, DaemonGone
-from lazyfs.errors import HostError, LazyfsError
+from lazyfs.errors import LazyfsError, Unsupported
 from lazyfs.mounting import launch
 from lazyfs.mounting.fuseroot import any_fuse_root
 from lazyfs.mounting.job import Acquired, MountRequest, until_indexed
@@ -41,9 +41,8 @@ def _kernel_root(job: MountRequest) -> Acquired:
 def kernel_root_or_fuse(job: MountRequest) -> Acquired:
     try:
         return _kernel_root(job)
-    except HostError as error:
-        # Only what the daemon itself reports of this host (no file-backed EROFS, say), not its absence.
-        if job.options.backend != "auto" or type(error) is not HostError:
+    except Unsupported as error:  # no file-backed EROFS, say
+        if job.options.backend != "auto":
             raise
         job.progress(f"the kernel backend failed ({error.message}): trying backend=fuse")
         try:

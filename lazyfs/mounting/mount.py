@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.cache import places
 from lazyfs.control import rundir
-from lazyfs.errors import HostError, UserError
+from lazyfs.errors import Unsupported, UserError
 from lazyfs.mounting.attach import finish
 from lazyfs.mounting.fuseroot import any_fuse_root
 from lazyfs.mounting.job import Mounted, MountRequest, Progress, ignore
@@ -68,7 +68,7 @@ def absolute_reference(image: str) -> str:
 
 
 def choose_backend(options: MountOptions, namespace: str | None = None) -> str:
-    """ "kernel" or "fuse". Raises UserError or HostError if what was asked for cannot be had."""
+    """ "kernel" or "fuse". Raises UserError or Unsupported if what was asked for cannot be had."""
     if not host.is_root():
         for wanted, name in ((options.dev, "dev"), (options.suid, "suid"), (options.writable, "rw")):
             if wanted:
@@ -80,14 +80,14 @@ def choose_backend(options: MountOptions, namespace: str | None = None) -> str:
                 "mount option allow_other is not allowed", "add user_allow_other to /etc/fuse.conf"
             )
     if options.writable and not host.has_filesystem("overlay"):
-        raise HostError("rw needs overlayfs, which this kernel lacks", "modprobe overlay, or mount read-only")
+        raise Unsupported("rw needs overlayfs, which this kernel lacks", "modprobe overlay, or mount read-only")
     if options.backend != "fuse":
         problem = host.kernel_backend_problem()
         if problem is None:
             return "kernel"
         if options.backend == "kernel":
-            raise HostError(*problem)
+            raise Unsupported(*problem)
     problem = host.fuse_problem()
     if problem is not None:
-        raise HostError(*problem)
+        raise Unsupported(*problem)
     return "fuse"

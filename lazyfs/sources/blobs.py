@@ -14,7 +14,7 @@ from typing import Protocol
 import trio
 
 from lazyfs.core.oci.digests import DigestCheck, digest_matches
-from lazyfs.errors import ImageError, RemoteError
+from lazyfs.errors import ImageError, NotFound, RemoteError
 from lazyfs.sources.http import BodyTooLarge, HttpClient, Response, StreamResponse
 from lazyfs.sources.urls import redact
 
@@ -55,19 +55,15 @@ def _content_range(headers: Mapping[str, str]) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2]) + 1) if found else None
 
 
-def _failed(locator: Locator, status: int) -> RemoteError:
-    return RemoteError(
-        f"{locator.what}: the server answered {status}",
-        "it may have been deleted; check the image"
-        if status == 404
-        else "report this to the server's operator",
-        status=status,
-        temporary=False,
-    )
+def _failed(locator: Locator, status: int) -> RemoteError | NotFound:
+    message = f"{locator.what}: the server answered {status}"
+    if status == 404:
+        return NotFound(message, "it may have been deleted; check the image")
+    return RemoteError(message, "report this to the server's operator", status=status, temporary=False)
 
 
 async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes: int) -> bytes:
-    """The whole blob. RemoteError if it cannot be had, ImageError if it is not what its digest says."""
+    """The whole blob. RemoteError or NotFound if it cannot be had, ImageError if it is not what its digest says."""
     for _ in range(2):  # a byte flipped on the way is gone the second time, a wrong blob is not
         response = await _get(http, locator, {}, size_bytes, None)
         if response.status != 200:
@@ -82,7 +78,7 @@ async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes
 
 
 async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: int, end: int) -> bytes:
-    """Exactly the bytes [start, end) of the blob. RemoteError if they cannot be had."""
+    """Exactly the bytes [start, end) of the blob. RemoteError or NotFound if they cannot be had."""
     if not 0 <= start <= end:
         raise ValueError(f"bad range {start}-{end}")
     if start == end:

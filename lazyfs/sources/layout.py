@@ -21,7 +21,7 @@ from lazyfs.core.oci import digests, documents
 from lazyfs.core.oci.digests import DigestCheck
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, is_digest
-from lazyfs.errors import HostError, ImageError, RemoteError, UserError
+from lazyfs.errors import HostError, ImageError, NotFound, UserError
 from lazyfs.sources.transfer import TransferCounters
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     async def _document(self, name: str, max_bytes: int) -> bytes:
-        """The file `name` below the layout; RemoteError with status 404 if there is none."""
+        """The file `name` below the layout; NotFound if there is none."""
 
     @abc.abstractmethod
     async def blob(self, digest: str, size_bytes: int) -> bytes:
@@ -70,10 +70,7 @@ class Layout(abc.ABC):
         for descriptor in index.manifests:
             if _name(descriptor) == reference:
                 return await self._by_digest(descriptor.digest, descriptor)
-        raise RemoteError(
-            f"{self.what} has no image named {reference}", f"it has: {_names(index.manifests)}", status=404,
-            temporary=False,
-        )  # fmt: skip
+        raise NotFound(f"{self.what} has no image named {reference}", f"it has: {_names(index.manifests)}")
 
     async def _by_digest(self, digest: str, descriptor: Descriptor | None) -> tuple[bytes, str]:
         if descriptor is not None:
@@ -91,10 +88,8 @@ class Layout(abc.ABC):
         digests.parse_digest(subject_digest)
         try:
             raw, media_type = await self.manifest(subject_digest.replace(":", "-"))
-        except RemoteError as error:
-            if error.status == 404:
-                return []
-            raise
+        except NotFound:
+            return []
         index = documents.parse_manifest(raw, media_type)
         entries = index.manifests if isinstance(index, documents.ImageIndex) else ()
         return [d for d in entries if d.artifact_type == artifact_type]
@@ -145,12 +140,7 @@ class DirectoryLayout(Layout):
             # Non-blocking: a FIFO in the place of a blob must not hang us.
             file = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
         except FileNotFoundError:
-            raise RemoteError(
-                f"{self.what}: {name} is missing",
-                "is it a whole OCI image layout?",
-                status=404,
-                temporary=False,
-            ) from None
+            raise NotFound(f"{self.what}: {name} is missing", "is it a whole OCI image layout?") from None
         except OSError as error:
             reason = error.strerror or "failed"
             raise HostError(
@@ -279,7 +269,7 @@ class DirectoryLayout(Layout):
                 raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
                 documents.parse_manifest(raw, documents.MEDIA_INDEX)
                 document = documents.load_json(raw, "index.json")
-            except RemoteError:
+            except NotFound:
                 layout = json.dumps({"imageLayoutVersion": "1.0.0"}).encode()
                 await trio.to_thread.run_sync(self._write, "oci-layout", layout)
             name = _name(descriptor)
@@ -302,9 +292,7 @@ class DirectoryLayout(Layout):
         name = subject.digest.replace(":", "-")
         try:
             raw: bytes | None = (await self.manifest(name))[0]
-        except RemoteError as error:
-            if error.status != 404:
-                raise
+        except NotFound:
             raw = None
         index = documents.add_to_index(raw, own)
         await self.push_manifest(index, documents.MEDIA_INDEX, name)

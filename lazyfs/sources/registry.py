@@ -15,7 +15,7 @@ import trio
 from lazyfs.core.oci import digests, documents
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import RegistryReference, is_digest
-from lazyfs.errors import ImageError, LazyfsError, RemoteError
+from lazyfs.errors import ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.sources.blobs import fetch_blob, fetch_range, open_blob_stream
 from lazyfs.sources.http import HttpClient, Response
 from lazyfs.sources.tokens import Authorizer
@@ -70,7 +70,7 @@ class Registry:
                 "GET", f"manifests/{reference}", {"Accept": documents.ACCEPT}, documents.MAX_MANIFEST_BYTES
             )
             if answer.status == 404:
-                raise RemoteError(f"{what} does not exist", "check name and tag", status=404, temporary=False)
+                raise NotFound(f"{what} does not exist", "check name and tag")
             if answer.status != 200:
                 raise self._unexpected(answer, f"the manifest {what}")
             if not is_digest(reference) or digests.digest_matches(answer.body, reference):
@@ -140,10 +140,8 @@ class Registry:
         """The index at a referrers fallback tag: bytes and entries, (None, ()) if there is none."""
         try:
             raw, media_type = await self.manifest(tag)
-        except RemoteError as error:
-            if error.status == 404:
-                return None, ()
-            raise
+        except NotFound:
+            return None, ()
         index = documents.parse_manifest(raw, media_type)
         if not isinstance(index, documents.ImageIndex):
             raise ImageError(f"{self._host}/{self._repository}:{tag} is not a list of referrers")
@@ -299,7 +297,7 @@ class Registry:
         challenge = answer_headers.get("WWW-Authenticate", "")
         await self._authorizer.renew(actions, sent.get("Authorization"), challenge)
 
-    def _unexpected(self, answer: Response, what: str, *, temporary: bool = False) -> RemoteError:
+    def _unexpected(self, answer: Response, what: str, *, temporary: bool = False) -> RemoteError | NotFound:
         """The error for a status that the API does not foresee, with the registry's own code if any."""
         code = ""
         try:
@@ -308,12 +306,11 @@ class Registry:
         except (ImageError, LookupError, TypeError):
             pass
         shown = f" {code}" if code.isprintable() and code else ""
-        return RemoteError(
-            f"{what}: {redact(answer.url)} answered {answer.status}{shown}",
-            "check the name and the registry's settings",
-            status=answer.status,
-            temporary=temporary,
-        )
+        message = f"{what}: {redact(answer.url)} answered {answer.status}{shown}"
+        hint = "check the name and the registry's settings"
+        if answer.status == 404 and not temporary:
+            return NotFound(message, hint)
+        return RemoteError(message, hint, status=answer.status, temporary=temporary)
 
 
 class _Place:

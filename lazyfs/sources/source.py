@@ -20,8 +20,8 @@ __all__ = ["Source", "SourceOptions", "Sources", "TransferCounters", "open_sourc
 class Source(Protocol):
     """A repository or layout. Used by many tasks of one trio run.
 
-    Raises RemoteError (cannot be had), ImageError (is not what its digest says), HostError,
-    UserError. Retries are inside, bounded by the caller's deadline: give each operation one.
+    Raises NotFound (is not there), RemoteError (cannot be had), ImageError (is not what its digest says),
+    HostError, UserError. Retries are inside, bounded by the caller's deadline: give each operation one.
     """
 
     counters: TransferCounters

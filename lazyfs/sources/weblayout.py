@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import WebReference
-from lazyfs.errors import RemoteError, UserError
+from lazyfs.errors import NotFound, RemoteError, UserError
 from lazyfs.sources.layout import Layout, blob_name
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class WebLayout(Layout):
 
     async def _document(self, name: str, max_bytes: int) -> bytes:
         answer = await self._http.send("GET", f"{self._url}/{name}", max_body_bytes=max_bytes)
+        message, hint = f"{self.what}: the server answered {answer.status} for {name}", "is it an OCI image layout?"
+        if answer.status == 404:
+            raise NotFound(message, hint)
         if answer.status != 200:
-            raise RemoteError(
-                f"{self.what}: the server answered {answer.status} for {name}", "is it an OCI image layout?",
-                status=answer.status, temporary=False,
-            )  # fmt: skip
+            raise RemoteError(message, hint, status=answer.status, temporary=False)
         return answer.body
 
     async def blob(self, digest: str, size_bytes: int) -> bytes:

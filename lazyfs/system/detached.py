@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 
-from lazyfs.errors import HostError
 from lazyfs.system.mountapi import (
     MOUNT_NODEV,
     MOUNT_NOSUID,
@@ -29,7 +28,7 @@ from lazyfs.system.mountapi import (
     open_tree_clone,
     unshare_mounts,
 )
-from lazyfs.system.syscalls import SyscallError, failure
+from lazyfs.system.syscalls import SyscallError, UnsupportedCall, failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,8 +67,23 @@ def erofs_mount_detached(namespace_path: str, device_paths: Sequence[str], direc
 
     Files back it all, no loop devices (Linux 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE). `directio` keeps the
     devices' pages out of the page cache, which would otherwise hold everything twice. The mount is read-only,
-    nosuid and nodev; `clone_mount` makes a copy with other attributes. Each path: at most 255 bytes.
+    nosuid and nodev; `clone_mount` makes a copy with other attributes. Each path: at most 255 bytes. Raises
+    UnsupportedCall if the kernel cannot, another SyscallError if it fails.
     """
+    try:
+        return _erofs_by_file(namespace_path, device_paths, directio)
+    except SyscallError as error:
+        if error.errno == errno.ENOTBLK:  # it has no read_folio, or the kernel no file-backed EROFS
+            message = "the kernel cannot mount EROFS from a file on the cache's file system (tmpfs?)"
+            hint = "choose a cache=DIR on a disk, or backend=fuse"
+            raise UnsupportedCall(message, error.errno, hint) from None
+        if error.errno in (errno.EINVAL, errno.EACCES):  # an option or feature it does not know; forbidden
+            hint = "use backend=fuse; the kernel log (dmesg) may say why"
+            raise UnsupportedCall(error.message, error.errno, hint) from None
+        raise
+
+
+def _erofs_by_file(namespace_path: str, device_paths: Sequence[str], directio: bool) -> int:
     context_fd = fsopen("erofs")
     try:
         fsconfig_string(context_fd, "source", namespace_path)
@@ -77,13 +91,7 @@ def erofs_mount_detached(namespace_path: str, device_paths: Sequence[str], direc
             fsconfig_string(context_fd, "device", path)
         if directio:
             fsconfig_flag(context_fd, "directio")
-        try:
-            fsconfig_create(context_fd, f"EROFS from {namespace_path}")
-        except SyscallError as error:
-            if error.errno == errno.ENOTBLK:  # it has no read_folio, or the kernel no file-backed EROFS
-                message = "the kernel cannot mount EROFS from a file on the cache's file system (tmpfs?)"
-                raise HostError(message, "choose a cache=DIR on a disk, or backend=fuse") from None
-            raise
+        fsconfig_create(context_fd, f"EROFS from {namespace_path}")
         return fsmount(context_fd, SAFE)
     finally:
         os.close(context_fd)

@@ -7,7 +7,7 @@ import errno
 import os
 import struct
 
-from lazyfs.errors import HostError
+from lazyfs.errors import HostError, Unsupported
 
 TYPE_CHECKING = False  # not from typing, which takes 8 ms to import
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ class SyscallError(HostError):
         self.errno = number
 
 
+class UnsupportedCall(SyscallError, Unsupported):
+    """The kernel, or what it lets this process do, lacks the call or the file system."""
+
+
+_UNSUPPORTED = (errno.EPERM, errno.ENOSYS, errno.ENODEV, errno.EOPNOTSUPP)
 _HINTS = {
     errno.EPERM: "run as root, or use the fuse backend",
     errno.EACCES: "check the permissions of the path",
@@ -48,7 +53,8 @@ _HINTS = {
 def failure(what: str, number: int, detail: str = "") -> SyscallError:
     """The error for `number`, with the kernel's own words (`detail`) where it gave some."""
     reason = f"{os.strerror(number)}: {detail}" if detail else os.strerror(number)
-    return SyscallError(f"{what} failed: {reason}", number, _HINTS.get(number, "see the kernel log (dmesg)"))
+    kind = UnsupportedCall if number in _UNSUPPORTED else SyscallError
+    return kind(f"{what} failed: {reason}", number, _HINTS.get(number, "see the kernel log (dmesg)"))
 
 
 def syscall(number: int, *arguments: object) -> int:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lazyfs.control import client, messages
 from lazyfs.control.client import Connection, DaemonGone, DaemonSilent
 from lazyfs.control.messages import Attached, LineBuffer, ProtocolError, Request, RequestOptions
-from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
+from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, Unsupported, UserError
 from lazyfs.system import sockets
 
 JSON = st.recursive(
@@ -169,11 +169,30 @@ def test_a_message_over_the_limit_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [UserError("m", "h"), RemoteError("m"), ImageError("m", "h"), HostError("m")]
+    "error",
+    [UserError("m", "h"), RemoteError("m"), ImageError("m", "h"), HostError("m"), NotFound("m", "h"), Unsupported("m")],
 )
 def test_errors_keep_their_fault_and_hint(error: LazyfsError) -> None:
     back = client.error_from(messages.decode(messages.failure(error)))
     assert type(back) is type(error) and str(back) == str(error) and back.exit_code == error.exit_code
+
+
+def test_the_codes_never_change() -> None:
+    """Daemons and clients of other versions know them."""
+    assert list(messages.KINDS) == ["user", "remote", "image", "host", "not_found", "unsupported"]
+
+
+@pytest.mark.parametrize("code", [None, "of the future", 7], ids=str)
+def test_without_a_known_code_the_kind_counts(code: object) -> None:
+    """A daemon from before there were codes, and one of a later version."""
+    reply = {"error": {"kind": "remote", "message": "m", "hint": "h"} | ({} if code is None else {"code": code})}
+    assert type(client.error_from(reply)) is RemoteError
+
+
+def test_an_older_client_finds_the_kind_it_knows() -> None:
+    """It reads kind, message and hint."""
+    for error, kind in ((NotFound("m"), "image"), (Unsupported("m"), "host")):
+        assert messages.decode(messages.failure(error))["error"].items() >= {"kind": kind, "message": "m"}.items()
 
 
 @given(JSON)

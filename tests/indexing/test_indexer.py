@@ -272,8 +272,8 @@ async def test_a_broken_layer_is_a_clear_error_and_leaves_nothing(
     layout.tag("latest", layout.add_image([(descriptor, diff_id)]))
     with pytest.raises(LazyfsError) as caught:
         await indexed(store, f"oci:{tmp_path}/image:latest", fill=True)
-    assert caught.type.__name__ in ("ImageError", "RemoteError")
-    assert (caught.type.__name__ == "RemoteError") == (fault == "missing")
+    assert caught.type.__name__ in ("ImageError", "NotFound")
+    assert (caught.type.__name__ == "NotFound") == (fault == "missing")
     assert os.listdir(os.path.join(store.path, "tmp")) == []
 
 

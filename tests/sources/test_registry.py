@@ -15,7 +15,7 @@ import trustme
 from lazyfs.core.oci import documents
 from lazyfs.core.oci.documents import Descriptor, Manifest
 from lazyfs.core.oci.reference import parse_reference
-from lazyfs.errors import HostError, ImageError, RemoteError
+from lazyfs.errors import HostError, ImageError, NotFound, RemoteError
 from lazyfs.sources.failures import RetryPolicy
 from lazyfs.sources.http import HttpClient
 from lazyfs.sources.source import SourceOptions, open_source
@@ -55,10 +55,9 @@ async def test_what_is_missing(server: RegistryServer) -> None:
     """404 is told at once, with what to do; a range beyond the blob is an error, not a short answer."""
     async with open_registry(server.host, retry=RetryPolicy(attempts=1)) as registry:
         for name in ("absent", "sha256:" + "0" * 64):
-            with pytest.raises(RemoteError, match="does not exist") as caught:
+            with pytest.raises(NotFound, match="does not exist"):
                 await registry.manifest(name)
-            assert caught.value.status == 404 and not caught.value.temporary
-        with pytest.raises(RemoteError, match="404"):
+        with pytest.raises(NotFound, match="404"):
             await registry.blob("sha256:" + "0" * 64, 1)
         for start in (len(BLOB), len(BLOB) - 1):
             with pytest.raises((ImageError, RemoteError)):
@@ -306,9 +305,9 @@ def test_preloading_leaves_nothing_to_import(tmp_path: Path) -> None:
     code = """
 import sys
 import trio
-from lazyfs import source
-from lazyfs.core.reference import parse_reference
-from lazyfs.errors import RemoteError
+from lazyfs.core.oci.reference import parse_reference
+from lazyfs.errors import NotFound
+from lazyfs.sources import source
 
 source.preload()
 before = set(sys.modules)
@@ -320,13 +319,13 @@ async def ask():
 
 try:
     trio.run(ask)
-except RemoteError as error:
-    print(error.status)
+except NotFound as error:
+    print(error.code)
 print(*sorted(set(sys.modules) - before))
 """
     with RegistryServer(tmp_path) as server:
         words = [sys.executable, "-c", code, f"{server.host}/none:latest"]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
-    status, loaded = done.stdout.split("\n")[:2]
-    assert status == "404"
+    code, loaded = done.stdout.split("\n")[:2]
+    assert code == "not_found"
     assert not [name for name in loaded.split() if name.split(".")[0] in ("lazyfs", "httpx", "httpcore", "h11", "trio")]
