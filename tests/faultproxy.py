@@ -51,6 +51,7 @@ class Rule:
     headers: dict[str, str] = field(default_factory=dict)
     after_bytes: int | None = None
     location: str = ""
+    body: bytes = b'{"errors":[]}'  # of "status"
     latency_s: float = 0.0
     bytes_per_s: int | None = None
     hits: int = 0  # requests this rule was applied to
@@ -236,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.owner._closing.wait(latency_s)
         if rule is not None:
             if rule.fault == "status":
-                self._plain(rule.status, rule.headers, b'{"errors":[]}', logged)
+                self._plain(rule.status, rule.headers, rule.body, logged)
                 return
             if rule.fault == "redirect":
                 self._plain(307, {"Location": rule.location.rstrip("/") + self.path}, b"", logged)

@@ -45,8 +45,8 @@ class Locator(Protocol):
     def came_from(self, url: str) -> None:
         """The answer was found at `url`, after redirects: may be asked directly next time."""
 
-    async def refused(self, status: int, headers: Mapping[str, str]) -> bool:
-        """The place answered 4xx. True = ask `where()` again; raise or return False = give up."""
+    async def refused(self, answer: Response | StreamResponse) -> bool:
+        """The place answered so, with 4xx. True = ask `where()` again; raise or return False = give up."""
 
 
 def _content_range(headers: Mapping[str, str]) -> tuple[int, int] | None:
@@ -128,7 +128,7 @@ async def _get(
         if response.status not in REFUSED:
             locator.came_from(response.url)
             return response
-        if not await locator.refused(response.status, response.headers):
+        if not await locator.refused(response):
             break
     return response
 
@@ -190,10 +190,9 @@ async def _body_from(
                     async for piece in pieces:
                         yield piece
                 return
-            status, answer_headers = response.status, response.headers
-        if not await locator.refused(status, answer_headers):
+        if not await locator.refused(response):
             break
-    raise _failed(locator, status)
+    raise _failed(locator, response.status)
 
 
 async def _joined(

@@ -14,8 +14,6 @@ import copy
 import http.cookiejar
 import logging
 import ssl
-import urllib.parse
-import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -27,8 +25,8 @@ import trio
 from lazyfs.errors import RemoteError
 from lazyfs.sources.failures import Failed, RetryPolicy, explain
 from lazyfs.sources.transfer import TransferCounters
-from lazyfs.sources.transports import CERTS_DIRS, HOSTS_AT_ONCE, Transports, http_transport
-from lazyfs.sources.urls import is_link_local, is_loopback, origin, redact, retry_after_s
+from lazyfs.sources.transports import CERTS_DIRS, HOSTS_AT_ONCE, Transports, http_transport, peer_of
+from lazyfs.sources.urls import is_loopback, led_to, origin, redact, retry_after_s
 from lazyfs.tasks import Slots
 
 MAX_REDIRECTS = 5  # registry -> blob store is one hop; proxies add one or two
@@ -50,21 +48,24 @@ def preload() -> None:
 
 @dataclass(frozen=True)
 class Response:
-    """A whole answer. `url` is where it came from, after redirects. Header names are case-insensitive."""
+    """A whole answer. `url` is where it came from, after redirects, `peer` the address of who sent it ("" behind a
+    proxy). Header names are case-insensitive."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
     url: str
+    peer: str
 
 
 @dataclass(frozen=True)
 class StreamResponse:
-    """An answer whose body is still coming: `chunks` yields it once, RemoteError when it breaks."""
+    """As `Response`, with the body still coming: `chunks` yields it once, RemoteError when it breaks."""
 
     status: int
     headers: Mapping[str, str]
     url: str
+    peer: str
     chunks: AsyncIterator[bytes]
 
 
@@ -136,22 +137,24 @@ class HttpClient:
         max_body_bytes: int = MAX_ERROR_BODY_BYTES,
         check: Callable[[Response], str | None] | None = None,
         retry: bool = True,
+        secret: bool = False,
     ) -> Response:
         """One request and its whole answer, whatever its (lasting) status.
 
+        `secret`: `content` holds credentials, which no redirect carries to another origin.
         `check` may find the answer unusable: what it returns is the problem, and the request is tried again.
         Raises RemoteError when the attempts or the caller's deadline are used up, BodyTooLarge at once.
         """
 
         async def attempt() -> Response:
             async with self._slots.of(origin(url)):
-                raw = await self._attempt(method, url, headers or {}, content, self._silence)
+                raw = await self._attempt(method, url, headers or {}, content, self._silence, secret)
                 try:
                     limit = max_body_bytes if raw.status_code < 300 else MAX_ERROR_BODY_BYTES
                     body = await self._read_body(raw, limit)
                 finally:
                     await raw.aclose()
-            response = Response(raw.status_code, raw.headers, body, str(raw.url))
+            response = Response(raw.status_code, raw.headers, body, str(raw.url), peer_of(raw))
             if check is not None and (problem := check(response)):
                 raise Failed(problem, "the server or the network damages answers", temporary=True)
             return response
@@ -171,7 +174,7 @@ class HttpClient:
             raw = await self._retrying("GET", url, attempt, self.retry.attempts)
             chunks = self._chunks(raw)
             try:
-                yield StreamResponse(raw.status_code, raw.headers, str(raw.url), chunks)
+                yield StreamResponse(raw.status_code, raw.headers, str(raw.url), peer_of(raw), chunks)
             finally:
                 await chunks.aclose()
                 await raw.aclose()
@@ -209,6 +212,7 @@ class HttpClient:
         headers: Mapping[str, str],
         content: bytes | None,
         silence: httpx.Timeout,
+        secret: bool = False,
     ) -> httpx.Response:
         """One attempt up to the answer's headers; the caller closes it. Redirects are followed."""
         first = origin(url)
@@ -231,16 +235,9 @@ class HttpClient:
                 raise
             await raw.aclose()
             url = target
-            scheme, host, _ = origin(url)
-            downgraded = scheme == "http" and first[0] == "https"
-            # No server out there may make us ask this host, or the cloud's metadata service, in its name.
-            inward = (
-                host != first[1] and not is_loopback(first[1]) and (is_loopback(host) or is_link_local(host))
-            )
-            if downgraded or inward:
-                problem = f"redirected to {redact(url)}, which is not allowed"
-                raise Failed(problem, "report it to the server's operator", temporary=False)
             if origin(url) != first:  # distribution-spec, RFC 9110 section 15.4
+                if secret:
+                    raise Failed("redirected with a login", "report it to the server's operator", temporary=False)
                 headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
         raise Failed(f"more than {MAX_REDIRECTS} redirects", "report it to the operator", temporary=False)
 
@@ -260,12 +257,7 @@ class HttpClient:
         followed = (301, 302, 303, 307, 308) if method in ("GET", "HEAD") else (307, 308)
         if raw.status_code not in followed or location is None:
             return None
-        try:
-            return urllib.parse.urljoin(str(raw.url), location)
-        except ValueError:
-            raise Failed(
-                "redirected to a malformed URL", "report it to the operator", temporary=False
-            ) from None
+        return led_to(str(raw.url), location, peer_of(raw))
 
     async def _refuse_temporary(self, raw: httpx.Response) -> None:
         """Turn an answer that may be better next time into Failed."""

@@ -17,10 +17,10 @@ from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import RegistryReference, is_digest
 from lazyfs.errors import ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.sources.blobs import fetch_blob, fetch_range, open_blob_stream
-from lazyfs.sources.http import HttpClient, Response
+from lazyfs.sources.http import HttpClient, Response, StreamResponse
 from lazyfs.sources.tokens import Authorizer
 from lazyfs.sources.transfer import TransferCounters
-from lazyfs.sources.urls import is_loopback, origin, redact, split_host
+from lazyfs.sources.urls import is_loopback, led_to, origin, redact, split_host
 
 DOCKER_HUB_API = "registry-1.docker.io"
 MAX_RENEWALS = 2  # a token may expire between being fetched and being used; a second refusal is a refusal
@@ -126,10 +126,12 @@ class Registry:
             for descriptor in index.manifests:
                 yield descriptor
             link = answer.headers.get("Link", "")
-            target = urllib.parse.urljoin(answer.url, link.partition("<")[2].partition(">")[0])
-            prefix = f"{self._base}/v2/{self._repository}/"
-            if 'rel="next"' not in link or not target.startswith(prefix):
+            if 'rel="next"' not in link:
                 return
+            target = led_to(answer.url, link.partition("<")[2].partition(">")[0], answer.peer)
+            prefix = f"{self._base}/v2/{self._repository}/"
+            if not target.startswith(prefix):
+                return  # nobody else knows what refers to an image of this repository
             path = target.removeprefix(prefix)
 
     async def _from_tag(self, tag: str) -> AsyncIterator[Descriptor]:
@@ -172,7 +174,7 @@ class Registry:
         begun = await self._call("POST", "blobs/uploads/", actions=PUSH, content=b"")
         if begun.status != 202 or "Location" not in begun.headers:
             raise self._unexpected(begun, "an upload")
-        place = urllib.parse.urljoin(begun.url, begun.headers["Location"])
+        place = led_to(begun.url, begun.headers["Location"], begun.peer)
         place += ("&" if "?" in place else "?") + urllib.parse.urlencode({"digest": digest})
         headers = {"Content-Type": "application/octet-stream"}
         done = await self._call("PUT", place, headers, actions=PUSH, content=data, retry=False)
@@ -286,16 +288,15 @@ class Registry:
             )  # fmt: skip
             if answer.status != 401 or renewals == MAX_RENEWALS:
                 break
-            await self._renew(actions, authorization, answer.headers)
+            await self._renew(actions, authorization, answer)
         if answer.status in (401, 403):
             assert self._authorizer is not None
             raise self._authorizer.denied()
         return answer
 
-    async def _renew(self, actions: str, sent: Mapping[str, str], answer_headers: Mapping[str, str]) -> None:
+    async def _renew(self, actions: str, sent: Mapping[str, str], refusal: Response | StreamResponse) -> None:
         assert self._authorizer is not None
-        challenge = answer_headers.get("WWW-Authenticate", "")
-        await self._authorizer.renew(actions, sent.get("Authorization"), challenge)
+        await self._authorizer.renew(actions, sent.get("Authorization"), refusal)
 
     def _unexpected(self, answer: Response, what: str, *, temporary: bool = False) -> RemoteError | NotFound:
         """The error for a status that the API does not foresee, with the registry's own code if any."""
@@ -336,16 +337,16 @@ class _Place:
         if url != self._asked and len(places) < MAX_REMEMBERED_PLACES:
             places[self._digest] = url
 
-    async def refused(self, status: int, headers: Mapping[str, str]) -> bool:
+    async def refused(self, answer: Response | StreamResponse) -> bool:
         registry = self._registry
         # Another task may have found a new place meanwhile: forget only the one that refused.
         if registry._places.get(self._digest) == self._asked:
             del registry._places[self._digest]
             return True
-        if status == 401 and self._renewals < MAX_RENEWALS:
+        if answer.status == 401 and self._renewals < MAX_RENEWALS:
             self._renewals += 1
-            await registry._renew(PULL, self._sent, headers)
+            await registry._renew(PULL, self._sent, answer)
             return True
-        if status in (401, 403) and registry._authorizer is not None:
+        if answer.status in (401, 403) and registry._authorizer is not None:
             raise registry._authorizer.denied()
         return False

@@ -12,14 +12,15 @@ import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
 from lazyfs.errors import RemoteError
 from lazyfs.sources.challenges import parse_challenge
 from lazyfs.sources.credentials import Credentials, find_credentials
-from lazyfs.sources.http import HttpClient
-from lazyfs.sources.urls import is_link_local, is_loopback, origin, redact
+from lazyfs.sources.http import HttpClient, Response, StreamResponse
+from lazyfs.sources.urls import may_lead, origin, redact
 
 MAX_TOKEN_BYTES = 1 << 20  # of the token server's answer; tokens themselves are a few KiB
 MAX_TOKEN_CHARS = 16 << 10  # servers refuse longer headers anyway
@@ -35,6 +36,15 @@ class _Grant:
 
     header: str
     renew_at_s: float
+
+
+class _Challenge(NamedTuple):
+    """What a 401 asks for, and who sent it."""
+
+    scheme: str
+    parameters: Mapping[str, str]
+    url: str
+    peer: str
 
 
 class Authorizer:
@@ -56,7 +66,7 @@ class Authorizer:
         self._auth_files = auth_files
         self._environ = environ
         self._grants: dict[str, _Grant] = {}
-        self._challenges: dict[str, tuple[str, dict[str, str]]] = {}
+        self._challenges: dict[str, _Challenge] = {}
         self._credentials: Credentials | None = None
         self._looked_up = False
         self._lock = trio.Lock()
@@ -68,8 +78,8 @@ class Authorizer:
             return grant.header if grant is not None else None
         return await self.renew(actions, grant.header, None)
 
-    async def renew(self, actions: str, used: str | None, challenge_header: str | None) -> str:
-        """A new header after the server refused `used` with this WWW-Authenticate header, or as it expires.
+    async def renew(self, actions: str, used: str | None, refusal: Response | StreamResponse | None) -> str:
+        """A new header after the server refused `used` with this answer, or (None) as it expires.
 
         Many requests may meet the 401 at once: the first fetches, the others get what it fetched. RemoteError
         (status 401, not temporary) if access is denied.
@@ -78,17 +88,17 @@ class Authorizer:
             grant = self._grants.get(actions)
             if grant is not None and grant.header != used and trio.current_time() < grant.renew_at_s:
                 return grant.header
-            if challenge_header is not None:
-                self._challenges[actions] = parse_challenge(challenge_header)
-            scheme, parameters = self._challenges.get(actions, ("", {}))
+            if refusal is not None:
+                self._challenges[actions] = self._challenge(refusal)
+            challenge = self._challenges[actions]
             if not self._looked_up:
                 self._credentials = await find_credentials(
                     self._registry, self._repository, self._auth_files, environ=self._environ
                 )
                 self._looked_up = True
-            if scheme == "bearer":
-                grant = await self._bearer(actions, parameters)
-            elif scheme == "basic":
+            if challenge.scheme == "bearer":
+                grant = await self._bearer(actions, challenge)
+            elif challenge.scheme == "basic":
                 grant = self._basic(used)
             else:
                 raise RemoteError(
@@ -99,6 +109,12 @@ class Authorizer:
                 )
             self._grants[actions] = grant
             return grant.header
+
+    def _challenge(self, refusal: Response | StreamResponse) -> _Challenge:
+        if origin(refusal.url) != origin(self._base_url):
+            raise self.denied()  # the login is the registry's, not that of whom it redirects to
+        scheme, parameters = parse_challenge(refusal.headers.get("WWW-Authenticate", ""))
+        return _Challenge(scheme, parameters, refusal.url, refusal.peer)
 
     def denied(self) -> RemoteError:
         """The error for a server that goes on refusing."""
@@ -119,11 +135,11 @@ class Authorizer:
             raise self.denied()
         return _Grant(header, float("inf"))
 
-    async def _bearer(self, actions: str, parameters: dict[str, str]) -> _Grant:
+    async def _bearer(self, actions: str, challenge: _Challenge) -> _Grant:
         login = self._credentials
         if login is not None and login.registry_token:
             return _Grant(_bearer_header(login.registry_token, self._registry), float("inf"))
-        realm = self._checked_realm(parameters.get("realm", ""))
+        realm, parameters = self._realm(challenge), challenge.parameters
         scope = self._scope(parameters.get("scope", ""), actions)
         if not _SCOPE.fullmatch(scope):
             raise RemoteError(f"{self._registry} asks for a malformed scope", temporary=False)
@@ -138,7 +154,7 @@ class Authorizer:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
             body = urllib.parse.urlencode(fields | {"scope": scope}).encode()
             answer = await self._http.send(
-                "POST", realm, headers=headers, content=body, max_body_bytes=MAX_TOKEN_BYTES
+                "POST", realm, headers=headers, content=body, max_body_bytes=MAX_TOKEN_BYTES, secret=True
             )
         else:
             if login is not None and login.username:
@@ -167,29 +183,15 @@ class Authorizer:
             return prefix + ",".join(sorted(wanted))
         return asked
 
-    def _checked_realm(self, realm: str) -> str:
-        """The realm, if credentials may be sent there. RemoteError if not.
-
-        It comes from the registry's answer: https is a must unless the registry itself is reached by plain
-        http, and no registry on the network may point at this host or at link-local ones (cloud metadata).
-        """
-        problem = RemoteError(
-            f"{self._registry} names a token server that is not allowed: {redact(realm)[:100]}",
-            "report this to the registry's operator",
-            temporary=False,
-        )
-        try:
-            parts = urllib.parse.urlsplit(realm)
-            scheme, host, _ = origin(realm)
-        except (RemoteError, ValueError):
-            raise problem from None
-        base_scheme, base_host, _ = origin(self._base_url)
-        if parts.username is not None or parts.fragment or not realm.isascii() or not realm.isprintable():
-            raise problem
-        if scheme == "http" and base_scheme != "http":
-            raise problem
-        if host != base_host and not is_loopback(base_host) and (is_loopback(host) or is_link_local(host)):
-            raise problem
+    def _realm(self, challenge: _Challenge) -> str:
+        """The token server that the registry names, if credentials may be sent there. RemoteError if not."""
+        realm = challenge.parameters.get("realm", "")
+        if problem := may_lead(challenge.url, realm, challenge.peer):
+            raise RemoteError(
+                f"{self._registry} names a token server that is not allowed: {redact(realm)[:100]}: {problem}",
+                "report this to the registry's operator",
+                temporary=False,
+            )
         return realm
 
 

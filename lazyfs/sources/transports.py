@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ssl
-import urllib.parse
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -27,6 +27,18 @@ def http_transport(context: ssl.SSLContext, limits: httpx.Limits, proxy: str | N
 
     http11.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
     return httpx.AsyncHTTPTransport(verify=context, limits=limits, proxy=proxy, trust_env=False)
+
+
+def peer_of(response: httpx.Response) -> str:
+    """The address that answered; "" if a proxy was in between."""
+    address = response.extensions.get("lazyfs_peer", "")
+    return address if isinstance(address, str) else ""
+
+
+def _note_peer(response: httpx.Response) -> None:
+    with suppress(OSError):
+        address = response.extensions["network_stream"].get_extra_info("server_addr")
+        response.extensions["lazyfs_peer"] = address[0]
 
 
 class Transports(httpx.AsyncBaseTransport):
@@ -59,7 +71,10 @@ class Transports(httpx.AsyncBaseTransport):
             async with self._making:
                 pool = self._pools.get(key) or await self._make(*key)
                 self._pools[key] = pool
-        return await pool.handle_async_request(request)
+        response = await pool.handle_async_request(request)
+        if key[2] is None:
+            _note_peer(response)
+        return response
 
     def _proxy_for(self, scheme: str, host: str, authority: str) -> str | None:
         """The proxy that http_proxy, https_proxy and no_proxy ask for; never one for this machine itself."""

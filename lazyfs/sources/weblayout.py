@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from lazyfs.errors import NotFound, RemoteError, UserError
 from lazyfs.sources.layout import Layout, blob_name
 
 if TYPE_CHECKING:
-    from lazyfs.sources.http import HttpClient
+    from lazyfs.sources.http import HttpClient, Response, StreamResponse
 
 
 class WebLayout(Layout):
@@ -84,5 +84,5 @@ class _WebPlace:
     def came_from(self, url: str) -> None:
         """Web servers are asked anew each time: their redirects cost little and may change."""
 
-    async def refused(self, status: int, headers: Mapping[str, str]) -> bool:
+    async def refused(self, answer: Response | StreamResponse) -> bool:
         return False

@@ -19,7 +19,6 @@ from lazyfs.errors import HostError, ImageError, NotFound, RemoteError
 from lazyfs.sources.failures import RetryPolicy
 from lazyfs.sources.http import HttpClient
 from lazyfs.sources.source import SourceOptions, open_source
-from lazyfs.sources.tokens import Authorizer
 from tests.conftest import ROOT
 from tests.servers import FaultProxy, RegistryServer, Rule, StaticServer, TokenServer, sha256_digest
 from tests.sources.repositories import BLOB, DEADLINE_S, login, open_registry, read_stream
@@ -229,31 +228,6 @@ async def test_bad_realms(server: RegistryServer, realm: str) -> None:
             with pytest.raises(RemoteError) as caught:
                 await registry.manifest("latest")
             assert not caught.value.temporary and registry.counters.retries == 0
-
-
-@pytest.mark.parametrize(
-    ("base", "realm", "allowed"),
-    [
-        ("https://registry-1.docker.io", "https://auth.docker.io/token", True),
-        ("https://gitlab.example:5050", "https://gitlab.example/jwt/auth?x=y", True),
-        ("https://registry.example", "http://registry.example/token", False),
-        ("https://registry.example", "https://127.0.0.1/token", False),
-        ("https://registry.example", "https://localhost/token", False),
-        ("https://registry.example", "https://169.254.169.254/token", False),
-        ("https://registry.example", "https://[fe80::1]/token", False),
-        ("https://registry.example", "https://0.0.0.0/token", False),
-        ("https://127.0.0.1:5000", "https://127.0.0.1:5001/token", True),
-        ("http://127.0.0.1:5000", "http://127.0.0.1:5001/token", True),
-    ],
-)
-async def test_realm_policy(base: str, realm: str, allowed: bool) -> None:
-    """Where a registry may send us with its credentials."""
-    authorizer = Authorizer(HttpClient(), base, "r", "demo", ())
-    if allowed:
-        assert authorizer._checked_realm(realm) == realm
-    else:
-        with pytest.raises(RemoteError, match="not allowed"):
-            authorizer._checked_realm(realm)
 
 
 async def test_tls(tmp_path: Path) -> None:
