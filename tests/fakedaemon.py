@@ -83,7 +83,7 @@ class Fake:
             connection.sendall(messages.ok())
             return
         request = messages.parse_request(line)
-        self.say(op=request.op, image=request.image, timeout_s=request.options.timeout_s)
+        self.say(op=request.op, image=request.image, timeout_s=request.timeout_s)
         if request.op in ("mount", "fuse_mount"):
             self.mount(connection, request)
         elif request.op == "list":

@@ -33,9 +33,9 @@ from lazyfs.core.index.analysis import ImageAnalysis, analyse
 from lazyfs.core.index.blob import Index
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.errors import HostError, LazyfsError
-from lazyfs.images.documents import NeedsIndexError, load_config, load_index
+from lazyfs.images.documents import Missing, find_index, load_config
 from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
-from lazyfs.mounting.options import MountOptions, image_options
+from lazyfs.mounting.options import MountOptions
 
 _DAEMON_END_S = 10.0
 
@@ -67,15 +67,18 @@ def _index(cache: BlockCache, image: str, options: MountOptions) -> tuple[str, s
     found: list[tuple[str, str, Index]] = []
 
     async def work() -> None:
-        async with resolved_image(cache, image, image_options(options)) as resolved:
-            try:
-                with trio.fail_after(DOCUMENTS_S):
-                    index, _ = await load_index(cache, resolved, offline=options.offline)
-                    await load_config(cache, resolved)
-            except NeedsIndexError:
+        async with resolved_image(cache, image, options.access) as resolved:
+            with trio.fail_after(DOCUMENTS_S):
+                index = await find_index(cache, resolved, offline=options.access.offline)
+            if isinstance(index, Missing):
                 await build(cache, resolved, fill=False, bars=layer_bars)
-                index, _ = await load_index(cache, resolved, offline=True)
-            found.append((str(resolved.reference), resolved.manifest_digest, index))
+                index = await find_index(cache, resolved, offline=True)
+            else:
+                with trio.fail_after(DOCUMENTS_S):
+                    await load_config(cache, resolved)
+            if isinstance(index, Missing):
+                raise HostError("the index that was just made is not in the cache", "check the cache's disk")
+            found.append((str(resolved.reference), resolved.manifest_digest, index.index))
 
     run_async(work)
     return found[0]

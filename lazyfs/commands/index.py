@@ -13,7 +13,7 @@ from lazyfs.commands.bars import layer_bars
 from lazyfs.commands.report import human_bytes
 from lazyfs.indexing.missing import build, resolved_image, run_async
 from lazyfs.indexing.publish import attach_index, write_layout
-from lazyfs.mounting.options import MountOptions, image_options
+from lazyfs.mounting.options import MountOptions
 
 
 def index(args: argparse.Namespace) -> int:
@@ -24,7 +24,7 @@ def index(args: argparse.Namespace) -> int:
 
     async def work() -> None:
         started_s = time.monotonic()
-        async with resolved_image(cache, args.image, image_options(options)) as resolved:
+        async with resolved_image(cache, args.image, options.access) as resolved:
             built = await build(cache, resolved, fill=False, bars=layer_bars)
             blob_bytes = sum(layer.size_bytes for layer in resolved.manifest.layers)
             report.update(

@@ -11,14 +11,13 @@ import trio
 
 from lazyfs.cache import places
 from lazyfs.cache.directory import BlockCache
-from lazyfs.cache.images import has_index
 from lazyfs.commands.report import human_bytes, table
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import ImageError
-from lazyfs.images.documents import NeedsIndexError, load_config, load_index
+from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.indexing.missing import DOCUMENTS_S, resolved_image, run_async
-from lazyfs.mounting.options import MountOptions, image_options
+from lazyfs.mounting.options import MountOptions
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -28,34 +27,35 @@ def inspect(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {}
 
     async def work() -> None:
-        async with resolved_image(cache, args.image, image_options(options)) as resolved:
+        async with resolved_image(cache, args.image, options.access) as resolved:
             with trio.fail_after(DOCUMENTS_S):
                 config = parse_config(await load_config(cache, resolved))
-                here = has_index(cache, resolved.manifest_digest)
-                found, state = None, "damaged" if here else "none"
+                found = await find_index(cache, resolved, offline=options.access.offline)
+            index, state, reasons = None, "none", list(found.reasons) if isinstance(found, Missing) else []
+            if isinstance(found, Found):
+                index, state = found.index, "attached" if found.artifact_digest else "in the cache"
                 try:
-                    found, _ = await load_index(cache, resolved, offline=options.offline)
-                    state = "in the cache" if here else "attached"
-                    await trio.to_thread.run_sync(ErofsReader(found.namespace()).check)
-                except NeedsIndexError:
-                    pass
-                except ImageError:
-                    state = "damaged"
-            details = found.layers if found else ()
+                    await trio.to_thread.run_sync(ErofsReader(index.namespace()).check)
+                except ImageError as error:
+                    reasons.append(error.message)
+            if reasons:
+                state = "damaged"
+            details = index.layers if index else ()
             report.update(
                 image=str(resolved.reference),
                 manifest_digest=resolved.manifest_digest,
                 platform=f"{config.os}/{config.architecture}",
                 image_bytes=sum(layer.size_bytes for layer in resolved.manifest.layers),
                 index=state,
+                index_reasons=reasons,
                 layers=[
                     {
                         "digest": layer.digest,
                         "media_type": layer.media_type,
                         "size_bytes": layer.size_bytes,
-                        "compression": str(details[number].compression) if found else None,
-                        "tar_bytes": details[number].tar_bytes if found else None,
-                        "content_root": details[number].content_root if found else None,
+                        "compression": str(details[number].compression) if index else None,
+                        "tar_bytes": details[number].tar_bytes if index else None,
+                        "content_root": details[number].content_root if index else None,
                     }
                     for number, layer in enumerate(resolved.manifest.layers)
                 ],
@@ -69,6 +69,8 @@ def inspect(args: argparse.Namespace) -> int:
     print(f"manifest  {report['manifest_digest']}")
     hint = {"none": " (lazyfs index --push attaches one)", "damaged": " (lazyfs index --push attaches a sound one)"}
     print(f"index     {report['index']}{hint.get(report['index'], '')}")
+    for reason in report["index_reasons"]:
+        print(f"          passed over: {reason}")
     rows = [
         [
             layer["digest"].removeprefix("sha256:")[:12],

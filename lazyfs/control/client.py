@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lazyfs.control.messages import (
-    HOME_VARIABLES,
     KINDS,
     MAX_FDS,
     MAX_REPLY_BYTES,
@@ -45,11 +44,6 @@ def error_from(reply: Mapping[str, Any]) -> LazyfsError:
         if known and isinstance(message, str) and isinstance(hint, str):
             return KINDS[known[0]](message, hint)
     return ProtocolError("the daemon reported an error in an unknown form", "see its daemon.log")
-
-
-def environment_home(environment: Mapping[str, str]) -> dict[str, str]:
-    """The "home" of a mount request."""
-    return {name: environment[name] for name in HOME_VARIABLES if environment.get(name)}
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int], int]:

@@ -4,21 +4,23 @@ One request a line, answered by any number of ``{"progress": text}`` lines and t
 
     {"ok": true, ...}                                    for "mount" one descriptor comes with it, and
                                                          "image" (canonical), "manifest_digest", "joined"
-    {"needs_index": true, "manifest_digest": ...}        the image has no index yet: build one, ask again
+    {"needs_index": true, "manifest_digest", "reasons"}  the image has no index yet: build one, ask again. "reasons":
+                                                         why those that are attached were passed over
     {"error": {"kind", "code", "message", "hint"}}       kind: user, remote, image or host; code: LazyfsError.code,
                                                          more exact (an older daemon sends none, a newer one
                                                          perhaps others: then the kind counts)
 
 Requests (`parse_request` checks them on the daemon's side):
 
-    {"op": "mount", "image", "options": {...}, "home": {environment variables that lead to credentials}}
+    {"op": "mount", "image", "access": {...}, "timeout_s", "push_index"}
+        "access" is sources/access.py's record; "push_index": the client makes a missing index, since it pushes it.
         The connection then stays open until the client has attached the mount and says
         {"attached": {"dev": "MAJ:MIN", "target", "ephemeral_upper": path or null, "image_dev"}}, answered by
         {"ok": true}.
         A connection that ends before that drops the mount. `dev` is the device of what lies at the target:
         the overlay's if there is one, over that of the image, `image_dev`. `ephemeral_upper` is removed when
         `dev` has gone.
-    {"op": "fuse_mount", "image", "options", "home", "target", "allow_other", "exec"}
+    {"op": "fuse_mount", "image", "access", "timeout_s", "push_index", "target", "allow_other", "exec"}
         The same, said to a ``lazyfs.daemon.fuseworker`` process over the socket pair it is started with; it mounts
         at `target` itself and sends no descriptor.
     {"op": "attached", "attached": {...}}                a further mount joined: as above, in its own request
@@ -26,37 +28,28 @@ Requests (`parse_request` checks them on the daemon's side):
 
 "list" answers {"cache", "mounts": [{"dev", "image", "manifest_digest", "backend", "platform" (as requested,
 or null), "targets": [{"dev", "target", "ephemeral_upper"}]}]}; "dev" of a mount is that of its EROFS or FUSE
-file system. "stats" takes that or the "dev" of a target and answers the counters of that image: "image",
-"manifest_digest", "backend", "bytes_fetched", "requests", "retries", "blocks_present", "blocks",
-"cache_hits", "memory_bytes". The light `mount` client imports this module: standard library only.
+file system. "stats" takes that or the "dev" of a target and answers such an entry and the counters of its image
+(serving/image.py). The light `mount` client imports this module: standard library only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, Unsupported, UserError
+from lazyfs.sources import access
+from lazyfs.sources.access import Access
 
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_REPLY_BYTES = 4 * 1024 * 1024  # "list" with thousands of mounts
 MAX_IMAGE_CHARACTERS = 4096
 MAX_PATH_CHARACTERS = 4096  # PATH_MAX
-MAX_FILES = 64  # CA or authentication files named in one request
+MAX_TIMEOUT_S = 86400.0
 MAX_PROGRESS_CHARACTERS = 1000
+MAX_REASONS = 20  # why attached indexes were passed over
 MAX_FDS = 1  # descriptors with one reply
-
-# What leads to credentials (section "Credentials" of the README): nothing else of the client's environment
-# is sent.
-HOME_VARIABLES = (
-    "HOME",
-    "XDG_CONFIG_HOME",
-    "XDG_RUNTIME_DIR",
-    "DOCKER_CONFIG",
-    "REGISTRY_AUTH_FILE",
-    "PATH",  # where docker-credential-* helpers are
-)
 
 # What an error reply becomes, by its code, or else by its kind.
 KINDS: dict[str, type[LazyfsError]] = {
@@ -70,18 +63,6 @@ OPERATIONS = ("mount", "fuse_mount", "attached", "stats", "list", "ping", "upgra
 
 class ProtocolError(HostError):
     """The other side said something that is not in the protocol."""
-
-
-class RequestOptions(NamedTuple):
-    """What the daemon has to know of the mount options."""
-
-    offline: bool = False
-    insecure: bool = False
-    timeout_s: float = 30.0
-    platform: str | None = None
-    ca_files: tuple[str, ...] = ()
-    auth_files: tuple[str, ...] | None = None  # None: the usual places
-    push_index: bool = False  # the client makes a missing index, since it pushes it
 
 
 class Attached(NamedTuple):
@@ -99,8 +80,9 @@ class Request(NamedTuple):
 
     op: str
     image: str = ""
-    options: RequestOptions = RequestOptions()
-    home: Mapping[str, str] = {}
+    access: Access = Access()
+    timeout_s: float = 30.0
+    push_index: bool = False
     dev: tuple[int, int] | None = None
     attached: Attached | None = None
     target: str = ""
@@ -179,13 +161,11 @@ def _boolean(value: object, what: str) -> bool:
     return value
 
 
-def _paths(value: object, what: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > MAX_FILES:
-        raise ProtocolError(f"control request: {what} is not a list of at most {MAX_FILES} paths")
-    paths = tuple(_text(item, what) for item in value)
-    if not all(path.startswith("/") for path in paths):
-        raise ProtocolError(f"control request: {what} has a relative path")
-    return paths
+def _path(value: object, what: str) -> str:
+    path = _text(value, what)
+    if not path.startswith("/"):
+        raise ProtocolError(f"control request: {what} is a relative path")
+    return path
 
 
 def parse_dev(value: object) -> tuple[int, int]:
@@ -204,28 +184,20 @@ def format_dev(dev: tuple[int, int]) -> str:
     return f"{dev[0]}:{dev[1]}"
 
 
-def parse_options(value: object) -> RequestOptions:
-    """The "options" of a mount request. Unknown keys are refused: a newer client may mean them seriously."""
-    if not isinstance(value, dict):
-        raise ProtocolError("control request: options is not an object")
-    unknown = set(value) - set(RequestOptions._fields)
-    if unknown:
-        raise ProtocolError(f"control request: unknown option {min(unknown)!r:.40}", VERSIONS)
-    timeout_s = value.get("timeout_s", 30.0)
+def parse_access(value: object) -> Access:
+    """The "access" of a mount request. Raises ProtocolError."""
+    try:
+        return access.from_json(value)
+    except ValueError as error:
+        raise ProtocolError(f"control request: {error}", VERSIONS) from None
+
+
+def parse_timeout(value: object) -> float:
+    """Seconds. Raises ProtocolError."""
     # Compared, not converted: an integer of a thousand digits has no float.
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= 86400:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
         raise ProtocolError("control request: timeout_s is not a number of seconds up to a day")
-    platform = value.get("platform")
-    auth_files = value.get("auth_files")
-    return RequestOptions(
-        offline=_boolean(value.get("offline", False), "offline"),
-        insecure=_boolean(value.get("insecure", False), "insecure"),
-        timeout_s=float(timeout_s),
-        platform=None if platform is None else _text(platform, "platform", 100),
-        ca_files=_paths(value.get("ca_files", []), "ca_files"),
-        auth_files=None if auth_files is None else _paths(auth_files, "auth_files"),
-        push_index=_boolean(value.get("push_index", False), "push_index"),
-    )
+    return float(value)
 
 
 def parse_attached(value: object) -> Attached:
@@ -233,14 +205,11 @@ def parse_attached(value: object) -> Attached:
     if not isinstance(value, dict):
         raise ProtocolError("control request: attached is not an object")
     upper = value.get("ephemeral_upper")
-    target = _text(value.get("target"), "target")
-    if not target.startswith("/"):
-        raise ProtocolError("control request: target is a relative path")
     image_dev = value.get("image_dev")
     return Attached(
         dev=parse_dev(value.get("dev")),
-        target=target,
-        ephemeral_upper=None if upper is None else _paths([upper], "ephemeral_upper")[0],
+        target=_path(value.get("target"), "target"),
+        ephemeral_upper=None if upper is None else _path(upper, "ephemeral_upper"),
         image_dev=None if image_dev is None else parse_dev(image_dev),
     )
 
@@ -257,19 +226,17 @@ def parse_request(line: bytes) -> Request:
         return Request(op, attached=parse_attached(message.get("attached")))
     if op not in ("mount", "fuse_mount"):
         return Request(op)
-    home = message.get("home", {})
-    if not isinstance(home, dict) or not all(name in HOME_VARIABLES for name in home):
-        raise ProtocolError("control request: home has an unknown variable")
     request = Request(
         op,
         image=_text(message.get("image"), "image", MAX_IMAGE_CHARACTERS),
-        options=parse_options(message.get("options", {})),
-        home={name: _text(value, name, MAX_REQUEST_BYTES) for name, value in home.items()},
+        access=parse_access(message.get("access", {})),
+        timeout_s=parse_timeout(message.get("timeout_s", 30.0)),
+        push_index=_boolean(message.get("push_index", False), "push_index"),
     )
     if op == "mount":
         return request
     return request._replace(
-        target=_paths([message.get("target")], "target")[0],
+        target=_path(message.get("target"), "target"),
         allow_other=_boolean(message.get("allow_other", False), "allow_other"),
         executable=_boolean(message.get("exec", True), "exec"),
     )
@@ -283,8 +250,9 @@ def ok(**fields: Any) -> bytes:
     return encode({"ok": True, **fields})
 
 
-def needs_index(manifest_digest: str) -> bytes:
-    return encode({"needs_index": True, "manifest_digest": manifest_digest})
+def needs_index(manifest_digest: str, reasons: Sequence[str] = ()) -> bytes:
+    texts = [reason[:MAX_PROGRESS_CHARACTERS] for reason in reasons[:MAX_REASONS]]
+    return encode({"needs_index": True, "manifest_digest": manifest_digest, "reasons": texts})
 
 
 def failure(error: LazyfsError) -> bytes:

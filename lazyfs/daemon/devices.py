@@ -12,9 +12,8 @@ import trio
 
 from lazyfs.cache.layer import LayerClosed
 from lazyfs.daemon.roots import Released
-from lazyfs.errors import ImageError, RemoteError
+from lazyfs.errors import RemoteError
 from lazyfs.fuse.devices import Device, node_of
-from lazyfs.images.documents import NeedsIndexError
 from lazyfs.serving.device import LayerHandle
 
 
@@ -32,7 +31,7 @@ class Sleeper:
 
     def __init__(self, daemon: Reviver, released: Released) -> None:
         self._daemon = daemon
-        self._timeout_s = released.options.timeout_s
+        self._timeout_s = released.timeout_s
         self.content_root = released.content_root
         self.size_bytes = released.size_bytes
 
@@ -46,8 +45,6 @@ class Sleeper:
                 return await handle.read(address, size)
         except trio.TooSlowError:
             raise RemoteError(f"the image did not open within {self._timeout_s / 2:g} s") from None
-        except NeedsIndexError:
-            raise ImageError("the index of a mounted image is gone", "mount the image again") from None
 
 
 class Awake:

@@ -38,6 +38,7 @@ from lazyfs.errors import HostError, LazyfsError
 from lazyfs.fuse import tuning
 from lazyfs.fuse.root import MAX_TASKS, LayerData, RootOperations, may_have_acls
 from lazyfs.fuse.session import close, mount, serve_requests, unmount_lazily
+from lazyfs.images.documents import Missing
 
 log = logging.getLogger("lazyfs.daemon.fuseworker")
 
@@ -64,7 +65,7 @@ _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class OpenedImage(Protocol):
-    """What is served: see lazyfs.images.Image."""
+    """What is served: see serving/image.py."""
 
     @property
     def reference(self) -> str: ...
@@ -77,34 +78,28 @@ class OpenedImage(Protocol):
     def statistics(self) -> dict[str, Any]: ...
 
 
-Opener = Callable[[str, messages.Request], AbstractAsyncContextManager[OpenedImage]]
-
-
-class NoIndexError(Exception):
-    """The image has no index: the client builds one and asks again. Carries the manifest digest."""
+Opener = Callable[[str, messages.Request], AbstractAsyncContextManager[OpenedImage | Missing]]
 
 
 @contextlib.asynccontextmanager
-async def open_image(cache: str, request: messages.Request) -> AsyncIterator[OpenedImage]:
-    """The image of `request`, from the cache directory `cache`. Raises LazyfsError, NoIndexError."""
+async def open_image(cache: str, request: messages.Request) -> AsyncIterator[OpenedImage | Missing]:
+    """The image of `request`, from the cache directory `cache`. Raises LazyfsError."""
     from lazyfs.cache.directory import BlockCache
-    from lazyfs.images.documents import NeedsIndexError
     from lazyfs.serving.store import ImageStore
-    from lazyfs.sources.access import ImageOptions
 
-    os.environ.update(request.home)  # this process has this one image, so the client's environment is its own
+    # This process has this one image, so the client's environment is its own.
+    os.environ.update(request.access.environ or {})
+    access = request.access._replace(environ=None)
     async with trio.open_nursery() as nursery:
         store = ImageStore(BlockCache(cache), nursery)
-        try:
-            image = await store.open(request.image, ImageOptions(**request.options._asdict()))
-        except NeedsIndexError as error:
-            raise NoIndexError(error.manifest_digest) from None
+        image = await store.open(request.image, access, request.timeout_s, make_index=not request.push_index)
         try:
             yield image
         finally:
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
-                await store.close(image)
+                if not isinstance(image, Missing):
+                    await store.close(image)
                 await store.aclose()
 
 
@@ -149,7 +144,10 @@ async def serve(cache: str, runtime: str, status: socket.socket, opener: Opener 
             if request.op != "fuse_mount":
                 raise messages.ProtocolError(f"a fusemount process cannot do {request.op!r}")
             async with opener(cache, request) as image:
-                await _Session(image, request, cache, runtime, client).run()
+                if isinstance(image, Missing):
+                    await client.say(messages.needs_index(image.manifest_digest, image.reasons))
+                else:
+                    await _Session(image, request, cache, runtime, client).run()
         except Exception as error:
             return await _account_for(_cause(error), client)
         return 0
@@ -160,9 +158,6 @@ async def serve(cache: str, runtime: str, status: socket.socket, opener: Opener 
 
 async def _account_for(error: Exception, client: _Client) -> int:
     """Tells the client (if it still listens) and the log what ended us; returns the exit code."""
-    if isinstance(error, NoIndexError):
-        await client.say(messages.needs_index(str(error)))
-        return 0
     if not isinstance(error, LazyfsError):
         log.error("unexpected", exc_info=error)
         error = HostError(f"the fuse process failed: {error!r:.200}", "see daemon.log; please report it")
@@ -175,7 +170,7 @@ def _cause(error: Exception) -> Exception:
     """The expected failure inside what nurseries wrapped, if there is one."""
     if isinstance(error, ExceptionGroup):
         causes = [_cause(inner) for inner in error.exceptions]
-        expected = [cause for cause in causes if isinstance(cause, LazyfsError | NoIndexError)]
+        expected = [cause for cause in causes if isinstance(cause, LazyfsError)]
         return (expected or causes)[0]
     return error
 
@@ -253,7 +248,7 @@ class _Session:
             "image": self._image.reference,
             "manifest_digest": self._image.manifest_digest,
             "backend": "fuse",
-            "platform": self._request.options.platform,
+            "platform": self._request.access.platform,
             "pid": os.getpid(),
         }
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lazyfs.control import messages
-from lazyfs.control.messages import Attached, RequestOptions
+from lazyfs.control.messages import Attached
 from lazyfs.daemon.keeperlink import KeeperLink
 from lazyfs.serving.image import Image
+from lazyfs.sources.access import Access
 from lazyfs.system.mountinfo import MountEntry
 
 _STATE = "state"
@@ -27,8 +28,8 @@ class Root:
     """An image that is mounted, or about to be."""
 
     image: Image
-    options: RequestOptions
-    home: dict[str, str]
+    access: Access
+    timeout_s: float
     dev: tuple[int, int]  # of the EROFS mount, which the keeper holds
     direct: frozenset[str]  # content roots of the layers whose data the kernel reads by itself
     targets: list[Attached] = field(default_factory=list)
@@ -49,8 +50,8 @@ class Released(NamedTuple):
     size_bytes: int
     manifest_digest: str
     image: str
-    options: RequestOptions
-    home: dict[str, str]
+    access: Access
+    timeout_s: float
 
 
 class Remembered(NamedTuple):
@@ -58,8 +59,8 @@ class Remembered(NamedTuple):
 
     image: str
     manifest_digest: str
-    options: RequestOptions
-    home: dict[str, str]
+    access: Access
+    timeout_s: float
     targets: list[Attached]
     direct: frozenset[str]
     layers: list[tuple[str, int]]
@@ -67,7 +68,7 @@ class Remembered(NamedTuple):
     def as_released(self) -> list[Released]:
         """Its devices, for reads that open the image again."""
         return [
-            Released(name, size_bytes, self.manifest_digest, self.image, self.options, self.home)
+            Released(name, size_bytes, self.manifest_digest, self.image, self.access, self.timeout_s)
             for name, size_bytes in self.layers
         ]
 
@@ -93,15 +94,15 @@ def save_state(link: KeeperLink, roots: list[Root], released: list[Released]) ->
             {
                 "image": root.image.reference,
                 "manifest_digest": root.image.manifest_digest,
-                "options": root.options._asdict(),
-                "home": root.home,
+                "access": root.access.to_json(),
+                "timeout_s": root.timeout_s,
                 "targets": [attached_json(target) for target in root.targets],
                 "direct": sorted(root.direct),
                 "layers": [[handle.content_root, handle.size_bytes] for handle in root.image.layers],
             }
             for root in roots
         ],
-        "released": [{**one._asdict(), "options": one.options._asdict()} for one in released],
+        "released": [{**one._asdict(), "access": one.access.to_json()} for one in released],
     }
     fd = os.memfd_create("lazyfs-state", os.MFD_CLOEXEC)
     with open(fd, "w", closefd=False) as file:
@@ -119,8 +120,8 @@ def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
         Remembered(
             entry["image"],
             entry["manifest_digest"],
-            messages.parse_options(entry["options"]),
-            entry["home"],
+            messages.parse_access(entry["access"]),
+            messages.parse_timeout(entry["timeout_s"]),
             [messages.parse_attached(target) for target in entry["targets"]],
             frozenset(map(str, entry.get("direct", []))),
             [(str(name), int(size_bytes)) for name, size_bytes in entry.get("layers", [])],
@@ -128,7 +129,7 @@ def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
         for entry in state["roots"]
     ]
     released = [
-        Released(**{**entry, "options": messages.parse_options(entry["options"])})
+        Released(**{**entry, "access": messages.parse_access(entry["access"])})
         for entry in state["released"]
     ]
     return roots, released
@@ -140,7 +141,7 @@ def root_entry(root: Root) -> dict[str, Any]:
         "image": root.image.reference,
         "manifest_digest": root.image.manifest_digest,
         "backend": "kernel",
-        "platform": root.options.platform,
+        "platform": root.access.platform,
         "targets": [attached_json(target) for target in root.targets],
     }
 

@@ -23,7 +23,6 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import trio
@@ -31,20 +30,19 @@ import trio
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.layer import CachedLayer, LayerClosed
 from lazyfs.control import messages
-from lazyfs.control.messages import Attached, Request, RequestOptions
+from lazyfs.control.messages import Attached, Request
 from lazyfs.control.server import ControlStream, serve
 from lazyfs.daemon.devices import Awake, Sleeper
 from lazyfs.daemon.keeper import parse_arguments
 from lazyfs.daemon.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
 from lazyfs.daemon.roots import Released, Remembered, Root, hold_name, is_shown, load_state, root_entry, save_state
-from lazyfs.errors import HostError, LazyfsError, RemoteError, Unsupported, UserError
+from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, Unsupported, UserError
 from lazyfs.fuse import tuning
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
-from lazyfs.images.documents import NeedsIndexError
+from lazyfs.images.documents import Missing
 from lazyfs.serving.device import LayerHandle
 from lazyfs.serving.image import Image
 from lazyfs.serving.store import ImageStore
-from lazyfs.sources.access import ImageOptions
 from lazyfs.sources.source import preload
 from lazyfs.system.detached import clone_mount, erofs_mount_detached
 from lazyfs.system.mountinfo import MountEntry, mounts
@@ -106,8 +104,11 @@ class Daemon:
         node = node_of(content_root)
         if node not in self._nodes:
             old = self._released[node]
-            options = _image_options(old.options, old.home)
-            image = await self.store.open(old.image, options, old.manifest_digest)
+            image = await self.store.open(
+                old.image, old.access, old.timeout_s, make_index=False, known=old.manifest_digest
+            )
+            if isinstance(image, Missing):
+                raise ImageError("the index of a mounted image is gone", "mount the image again")
             if node in self._nodes:
                 await self.store.close(image)  # another read was faster
             else:
@@ -134,8 +135,8 @@ class Daemon:
                     handle.size_bytes,
                     image.manifest_digest,
                     image.reference,
-                    root.options,
-                    root.home,
+                    root.access,
+                    root.timeout_s,
                 )
 
     # -- requests ----------------------------------------------------------------------------------------
@@ -177,10 +178,9 @@ class Daemon:
         raise UserError(f"this daemon does not do {request.op!r}")
 
     async def _mount(self, stream: ControlStream, request: Request) -> None:
-        try:
-            image = await self._open(stream, request)
-        except NeedsIndexError as error:
-            await stream.send(messages.needs_index(error.manifest_digest))
+        image = await self._open(stream, request)
+        if isinstance(image, Missing):
+            await stream.send(messages.needs_index(image.manifest_digest, image.reasons))
             return
         async with self._opening:
             root = self.roots.get(image.manifest_digest)
@@ -209,20 +209,22 @@ class Daemon:
         finally:
             root.pending -= 1
 
-    async def _open(self, stream: ControlStream, request: Request) -> Image:
-        """Opens the image for a client, as long as it waits. Raises LazyfsError, NeedsIndexError."""
-        opened: list[Image] = []
-        limit_s = _OPENING_DEADLINES * request.options.timeout_s
+    async def _open(self, stream: ControlStream, request: Request) -> Image | Missing:
+        """Opens the image for a client, as long as it waits. Raises LazyfsError."""
+        opened: list[Image | Missing] = []
+        limit_s = _OPENING_DEADLINES * request.timeout_s
 
         async def opening() -> None:
-            options = _image_options(request.options, request.home)
-            opened.append(await self.store.open(request.image, options))
+            make_index = not request.push_index  # else the client makes it, who pushes it
+            opened.append(
+                await self.store.open(request.image, request.access, request.timeout_s, make_index=make_index)
+            )
 
         try:
             with trio.fail_after(limit_s):
                 await beside(functools.partial(_reassure, stream, request.image), opening)
         except BaseException as error:
-            if opened:  # at the very moment when the client went away
+            if opened and not isinstance(opened[0], Missing):  # at the very moment when the client went away
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):
                     await self.store.close(opened[0])
             if isinstance(error, trio.TooSlowError):
@@ -250,7 +252,7 @@ class Daemon:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):
                 await self.store.close(image)
             raise
-        root = Root(image, request.options, dict(request.home), _dev_of(mount_fd), direct)
+        root = Root(image, request.access, request.timeout_s, _dev_of(mount_fd), direct)
         new = tuning.erofs_devices() - before
         root.backing_device = new.pop() if len(new) == 1 else None
         self._widen_read_ahead(root)
@@ -290,18 +292,22 @@ class Daemon:
 
     async def _restore(self, old: Remembered) -> None:
         """One image. Not by the network: until this is done nobody is served."""
-        options = _image_options(old.options, old.home)._replace(offline=True)
+        access = old.access._replace(offline=True)
         try:
             with trio.fail_after(_RESTORE_S):
-                image = await self.store.open(old.image, options, old.manifest_digest)
+                image = await self.store.open(
+                    old.image, access, old.timeout_s, make_index=False, known=old.manifest_digest
+                )
+            if isinstance(image, Missing):
+                raise ImageError("its index is gone")
             self._add_nodes(image)
             mount_fd = self.link.held[hold_name(old.manifest_digest)]
-        except (LazyfsError, NeedsIndexError, KeyError, trio.TooSlowError) as error:
+        except (LazyfsError, KeyError, trio.TooSlowError) as error:
             log.error("cannot take up %s again; its next read tries to: %r", old.image, error)
             for one in old.as_released():
                 self._released.setdefault(node_of(one.content_root), one)
             return
-        root = Root(image, old.options, old.home, _dev_of(mount_fd), old.direct, old.targets)
+        root = Root(image, old.access, old.timeout_s, _dev_of(mount_fd), old.direct, old.targets)
         self.roots[image.manifest_digest] = root
 
     def _save(self) -> None:
@@ -412,10 +418,6 @@ async def _reassure(stream: ControlStream, image: str) -> None:
     while True:
         await trio.sleep(_REASSURE_S)
         await stream.send(messages.progress(f"still opening {image}"))
-
-
-def _image_options(options: RequestOptions, home: Mapping[str, str]) -> ImageOptions:
-    return ImageOptions(**options._asdict(), environ=home)
 
 
 def _dev_of(fd: int) -> tuple[int, int]:

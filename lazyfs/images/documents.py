@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import index_directory, keep_index, read_file
@@ -12,19 +13,29 @@ from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, MAX_INDEX_BYTES, WINDOWS_MEDIA_TYPE, Index
 from lazyfs.core.oci.documents import Descriptor, Manifest, parse_config, parse_manifest
 from lazyfs.core.oci.reference import is_digest
-from lazyfs.errors import ImageError, NotFound, RemoteError
+from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.images.resolve import Resolved
 from lazyfs.sources.source import Source
 
 _MAX_CONFIG_BYTES = 8 << 20
 
 
-class NeedsIndexError(Exception):
-    """The image has no index, neither here nor in its registry. Carries the manifest digest."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An index of this very image. `windows_digest`: of its windows blob, empty if there is none; `artifact_digest`:
+    of the artifact it was attached as, empty if it came from the cache.
+    """
 
-    def __init__(self, manifest_digest: str) -> None:
-        super().__init__(manifest_digest)
-        self.manifest_digest = manifest_digest
+    index: Index
+    windows_digest: str
+    artifact_digest: str = ""
+
+
+class Missing(NamedTuple):
+    """The image has no index, neither here nor in its registry. `reasons`: a sentence for each that was passed over."""
+
+    manifest_digest: str
+    reasons: tuple[str, ...] = ()
 
 
 async def load_config(cache: BlockCache, resolved: Resolved) -> bytes:
@@ -42,41 +53,48 @@ async def load_config(cache: BlockCache, resolved: Resolved) -> bytes:
     return raw
 
 
-async def load_index(cache: BlockCache, resolved: Resolved, *, offline: bool = False) -> tuple[Index, str]:
-    """The image's index and the digest of its windows blob, from the cache or attached in the registry.
+async def find_index(cache: BlockCache, resolved: Resolved, *, offline: bool = False) -> Found | Missing:
+    """The image's index, from the cache or attached in the registry, and then kept in the cache.
 
-    An attached index that is damaged, of another version or of another image is passed over, with the next
-    one tried. Raises NeedsIndexError if none is left.
+    One that is damaged, of another version or of another image is passed over, and the next one tried. Raises
+    RemoteError if the registry cannot say what is attached just now, or not deliver it; HostError: disk.
     """
+    reasons: list[str] = []
     directory = index_directory(cache, resolved.manifest_digest)
     blob = read_file(os.path.join(directory, "index"))
     if blob is not None:
-        with contextlib.suppress(ImageError):
-            windows_digest = (read_file(os.path.join(directory, "windows")) or b"").decode("ascii", "replace")
-            return checked_index(blob, resolved, windows_digest), windows_digest
-    if not offline:
-        source = resolved.source
-        for found in await _referrers(source, resolved.manifest_digest):
-            try:
-                raw, media_type = await source.manifest(found.digest)
-                artifact = parse_manifest(raw, media_type)
-                if not isinstance(artifact, Manifest) or not artifact.layers:
-                    continue
-                tables = artifact.layers[0]
-                if tables.media_type != INDEX_MEDIA_TYPE or tables.size_bytes > MAX_INDEX_BYTES:
-                    continue
-                windows = [one.digest for one in artifact.layers[1:] if one.media_type == WINDOWS_MEDIA_TYPE]
-                blob = await source.blob(tables.digest, tables.size_bytes)
-                index = checked_index(blob, resolved, windows[0] if windows else "")
-            except (ImageError, NotFound):
-                continue
-            except RemoteError as error:
-                if error.temporary:
-                    raise
-                continue
-            keep_index(cache, resolved.manifest_digest, blob, windows[0] if windows else "")
-            return index, windows[0] if windows else ""
-    raise NeedsIndexError(resolved.manifest_digest)
+        windows_digest = (read_file(os.path.join(directory, "windows")) or b"").decode("ascii", "replace")
+        try:
+            return Found(checked_index(blob, resolved, windows_digest), windows_digest)
+        except ImageError as error:
+            reasons.append(f"the one in the cache: {error.message}")
+    if offline:
+        return Missing(resolved.manifest_digest, tuple(reasons))
+    for attached in await _referrers(resolved.source, resolved.manifest_digest):
+        try:
+            blob, windows_digest = await _artifact(resolved.source, attached.digest)
+            index = checked_index(blob, resolved, windows_digest)
+        except LazyfsError as error:
+            if isinstance(error, HostError) or (isinstance(error, RemoteError) and error.temporary):
+                raise
+            reasons.append(f"attached {attached.digest[:19]}: {error.message}")
+        else:
+            keep_index(cache, resolved.manifest_digest, blob, windows_digest)
+            return Found(index, windows_digest, attached.digest)
+    return Missing(resolved.manifest_digest, tuple(reasons))
+
+
+async def _artifact(source: Source, digest: str) -> tuple[bytes, str]:
+    """The index blob of an artifact, and the digest of its windows blob. Raises ImageError, RemoteError."""
+    raw, media_type = await source.manifest(digest)
+    artifact = parse_manifest(raw, media_type)
+    if not isinstance(artifact, Manifest) or not artifact.layers or artifact.layers[0].media_type != INDEX_MEDIA_TYPE:
+        raise ImageError("it is no index of a version that lazyfs knows")
+    tables = artifact.layers[0]
+    if tables.size_bytes > MAX_INDEX_BYTES:
+        raise ImageError(f"it is larger than {MAX_INDEX_BYTES >> 20} MiB")
+    windows = [one.digest for one in artifact.layers[1:] if one.media_type == WINDOWS_MEDIA_TYPE]
+    return await source.blob(tables.digest, tables.size_bytes), windows[0] if windows else ""
 
 
 async def _referrers(source: Source, manifest_digest: str) -> list[Descriptor]:

@@ -25,7 +25,7 @@ from lazyfs.core.oci.documents import Manifest, parse_manifest
 from lazyfs.core.oci.platforms import host_platform, select_platform
 from lazyfs.core.oci.reference import Reference, is_digest, parse_reference
 from lazyfs.errors import ImageError, UserError
-from lazyfs.sources.access import ImageOptions
+from lazyfs.sources.access import Access
 from lazyfs.sources.source import Source, Sources, open_source
 
 _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -45,29 +45,30 @@ class Resolved:
 async def resolve(
     cache: BlockCache,
     text: str,
-    options: ImageOptions,
+    access: Access,
     known: str | None = None,
     sources: Sources | None = None,
+    patience_s: float = 30.0,
 ) -> Resolved:
     """Finds the manifest a reference means, with as few requests as possible: none for a digest that is here.
 
     `known`: the manifest's digest, if it was resolved before (a daemon that takes up its predecessor's
-    mounts). `sources`: where connections are shared. Raises LazyfsError; UserError if `offline` and
-    the reference was never seen.
+    mounts). `sources`: where connections are shared; `patience_s` as for Sources.open(). Raises LazyfsError;
+    UserError if `access.offline` and the reference was never seen.
     """
     reference = parse_reference(text)
-    wanted = options.platform or host_platform(host.machine())
+    wanted = access.platform or host_platform(host.machine())
     key = hashlib.sha256(f"{reference} {wanted}".encode()).hexdigest()
     note = os.path.join(cache.path, "refs", key)
-    source = (sources.open if sources else open_source)(reference, options.source_options())
+    source = sources.open(reference, access, patience_s) if sources else open_source(reference, access)
     try:
-        if known is None and (options.offline or _digest_of(reference)):
+        if known is None and (access.offline or _digest_of(reference)):
             known = (read_file(note) or b"").decode("ascii", "replace")
         if known and is_digest(known):
             found = read_file(os.path.join(index_directory(cache, known), "manifest"))
             if found is not None and "sha256:" + hashlib.sha256(found).hexdigest() == known:
                 return Resolved(reference, known, found, _image_manifest(found), source)
-        if options.offline:
+        if access.offline:
             raise UserError(f"{reference} is not in the cache", "mount it once without 'offline'")
         digest, raw = await _ask(source, reference, wanted)
         manifest = _image_manifest(raw)

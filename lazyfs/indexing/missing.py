@@ -17,7 +17,7 @@ from lazyfs.images.resolve import Resolved, resolve
 from lazyfs.indexing.build import BuiltIndex, LayerProgress
 from lazyfs.indexing.publish import attach_index
 from lazyfs.indexing.small import make_index
-from lazyfs.sources.access import ImageOptions
+from lazyfs.sources.access import Access
 from lazyfs.system import startup
 
 # Finding an image's documents takes a few small requests; reading its layers is bounded by stalls, not in
@@ -29,13 +29,13 @@ Bars = Callable[[], AbstractContextManager[Callable[[LayerProgress], None]]]
 
 
 def build_missing_index(
-    image: str, cache_path: str, options: ImageOptions, push: bool, bars: Bars | None = None
+    image: str, cache_path: str, access: Access, push: bool, bars: Bars | None = None
 ) -> None:
     """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index."""
     cache = BlockCache(cache_path)
 
     async def work() -> None:
-        async with resolved_image(cache, image, options) as resolved:
+        async with resolved_image(cache, image, access) as resolved:
             built = await build(cache, resolved, fill=True, bars=bars)
             if push:
                 await attach_index(resolved.source, resolved, built)
@@ -44,10 +44,10 @@ def build_missing_index(
 
 
 @contextlib.asynccontextmanager
-async def resolved_image(cache: BlockCache, image: str, options: ImageOptions) -> AsyncIterator[Resolved]:
+async def resolved_image(cache: BlockCache, image: str, access: Access) -> AsyncIterator[Resolved]:
     """The resolved image; its source is closed at the end."""
     with trio.fail_after(DOCUMENTS_S):
-        resolved = await resolve(cache, image, options)
+        resolved = await resolve(cache, image, access)
     try:
         yield resolved
     finally:

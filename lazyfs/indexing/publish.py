@@ -15,7 +15,8 @@ from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.errors import HostError
 from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.build import BuiltIndex
-from lazyfs.sources.source import Source, SourceOptions, open_source
+from lazyfs.sources.access import Access
+from lazyfs.sources.source import Source, open_source
 from lazyfs.tasks import together
 
 
@@ -39,7 +40,7 @@ def windows_digest(built: BuiltIndex) -> str:
 
 async def write_layout(directory: str, resolved: Resolved, built: BuiltIndex) -> str:
     """Writes the index artifact into an OCI image layout at `directory`, made if it is missing."""
-    layout = open_source(DirectoryReference(_make_layout(directory)), SourceOptions())
+    layout = open_source(DirectoryReference(_make_layout(directory)), Access())
     try:
         return await attach_index(layout, resolved, built)
     finally:

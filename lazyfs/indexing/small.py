@@ -15,7 +15,6 @@ from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import keep_index, make_index_directory
 from lazyfs.cache.scans import scan_bytes
 from lazyfs.core.oci.documents import ImageConfig
-from lazyfs.images.documents import NeedsIndexError
 from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.build import BuiltIndex, LayerProgress, build_index
 from lazyfs.indexing.publish import windows_digest
@@ -46,9 +45,10 @@ async def make_index(
     return built
 
 
-async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageConfig) -> None:
-    """As make_index, data and all, if that is soon done; NeedsIndexError if not, or if small blobs hold much."""
-    await trio.to_thread.run_sync(_check_small, cache, resolved)
+async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageConfig) -> bool:
+    """As make_index, data and all, if that is soon done. False if not, or if small blobs turn out to hold much."""
+    if not await trio.to_thread.run_sync(_is_small, cache, resolved):
+        return False
     plain_bytes: dict[str, int] = {}
 
     def watch(layer: LayerProgress) -> None:
@@ -56,16 +56,15 @@ async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageC
         if layer.tar_bytes == 0 or layer.digest in plain_bytes:
             plain_bytes[layer.digest] = layer.tar_bytes
             if sum(plain_bytes.values()) > _SMALL_PLAIN_BYTES:
-                raise NeedsIndexError(resolved.manifest_digest)
+                limit.cancel()
 
     with trio.move_on_after(_SMALL_S) as limit:
         await make_index(cache, resolved, config, fill=True, on_progress=watch)
-    if limit.cancelled_caught:
-        raise NeedsIndexError(resolved.manifest_digest)
+    return not limit.cancelled_caught
 
 
-def _check_small(cache: BlockCache, resolved: Resolved) -> None:
-    """NeedsIndexError if the layers that were not read before, or what is known of the others, are not small."""
+def _is_small(cache: BlockCache, resolved: Resolved) -> bool:
+    """Whether the layers that were not read before, and what is known of the others, are small."""
     unread_bytes = scans_bytes = 0
     for layer in resolved.manifest.layers:
         known_bytes = scan_bytes(cache, layer.digest)
@@ -73,5 +72,4 @@ def _check_small(cache: BlockCache, resolved: Resolved) -> None:
             unread_bytes += layer.size_bytes
         else:
             scans_bytes += known_bytes
-    if unread_bytes > _SMALL_BLOB_BYTES or scans_bytes > _SMALL_SCANS_BYTES:
-        raise NeedsIndexError(resolved.manifest_digest)
+    return unread_bytes <= _SMALL_BLOB_BYTES and scans_bytes <= _SMALL_SCANS_BYTES

@@ -90,7 +90,7 @@ def _join_fuse(job: MountRequest) -> Acquired | None:
         try:
             connection = Connection.open(path, 2.0)
             for entry in connection.ask({"op": "list"}, 5.0).get("mounts", []):
-                if entry.get("image") == wanted and entry.get("platform") == job.options.platform:
+                if entry.get("image") == wanted and entry.get("platform") == job.options.access.platform:
                     fd = _clone_of(messages.parse_dev(entry.get("dev")))
                     if fd is not None:
                         return Acquired(fd, connection, entry, "fuse", True)

@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lazyfs.control import client
 from lazyfs.control.client import Connection
 from lazyfs.errors import HostError, UserError
-from lazyfs.mounting.options import MountOptions, image_options
+from lazyfs.mounting.options import MountOptions
 
 if TYPE_CHECKING:
     from lazyfs.indexing.missing import Bars
@@ -53,19 +52,12 @@ class MountRequest(NamedTuple):
     on_attached: Callable[[Mounted], None] | None
 
     def request(self) -> dict[str, Any]:
-        options = self.options
+        """What of it the daemon has to know."""
         return {
             "image": self.image,
-            "options": {
-                "offline": options.offline,
-                "insecure": options.insecure,
-                "timeout_s": options.timeout_s,
-                "platform": options.platform,
-                "ca_files": list(options.ca_files),
-                "auth_files": list(options.auth_files) or None,
-                "push_index": self.push_index,
-            },
-            "home": client.environment_home(os.environ),
+            "access": self.options.access.for_user_of(os.environ).to_json(),
+            "timeout_s": self.options.timeout_s,
+            "push_index": self.push_index,
         }
 
     def silence_s(self) -> float:
@@ -84,14 +76,17 @@ def until_indexed(job: MountRequest, ask: Callable[[], dict[str, Any]]) -> dict[
     reply = ask()
     if reply.get("needs_index") is not True:
         return reply
-    if job.options.offline:
+    if job.options.access.offline:
         raise UserError(
             f"{job.image} has no index, and offline forbids to build one", "mount it once without offline"
         )
+    reasons = reply.get("reasons")
+    for reason in reasons if isinstance(reasons, list) else []:
+        job.progress(f"an index was passed over: {reason}")
     job.progress(f"{job.image} has no index: reading its layers once (`lazyfs index --push` attaches one)")
     from lazyfs.indexing.missing import build_missing_index
 
-    build_missing_index(job.image, job.cache, image_options(job.options), job.push_index, job.bars)
+    build_missing_index(job.image, job.cache, job.options.access, job.push_index, job.bars)
     reply = ask()
     if reply.get("needs_index") is True:
         raise HostError(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from lazyfs.errors import UserError
-from lazyfs.sources.access import ImageOptions
+from lazyfs.sources.access import Access
 
 BACKENDS = ("auto", "kernel", "fuse")
 MAX_TIMEOUT_S = 86400.0
@@ -46,18 +46,20 @@ class MountOptions(NamedTuple):
     upperdir: str | None = None
     workdir: str | None = None
     backend: str = "auto"
-    offline: bool = False
     cache: str | None = None  # None: the default directory
     dev: bool = False
     suid: bool = False
     executable: bool = True
     allow_other: bool = False
-    insecure: bool = False
     foreground: bool = False
     timeout_s: float = 30.0  # the longest a single read waits
-    platform: str | None = None  # OS/ARCH[/VARIANT]; None: this host's
-    auth_files: tuple[str, ...] = ()  # empty: the usual places
-    ca_files: tuple[str, ...] = ()  # besides the system's
+    access: Access = Access()
+
+    def having(self, **values: object) -> MountOptions:
+        """With these fields, of this record or of `access`."""
+        own = {name: value for name, value in values.items() if name in self._fields}
+        access = {name: value for name, value in values.items() if name not in own}
+        return self._replace(access=self.access._replace(**access), **own)  # type: ignore[arg-type]
 
 
 def split(text: str) -> Iterator[tuple[str, str | None]]:
@@ -145,13 +147,13 @@ def _apply(
     if name in _FLAGS:
         if value is not None and not (name in ("user", "owner", "group") and value):
             raise UserError(f"mount option {name} takes no value", f"write {name}, not {name}={value:.40}")
-        return options._replace(**_FLAGS[name])  # type: ignore[arg-type]
+        return options.having(**_FLAGS[name])
     if name in _PATHS:
-        return options._replace(**{_PATHS[name]: _path(name, value, directory)})  # type: ignore[arg-type]
+        return options.having(**{_PATHS[name]: _path(name, value, directory)})
     if name in _PATH_LISTS:
         field = _PATH_LISTS[name]
-        paths = (*getattr(options, field), _path(name, value, directory))
-        return options._replace(**{field: paths})  # type: ignore[arg-type]
+        paths = (*(getattr(options.access, field) or ()), _path(name, value, directory))
+        return options.having(**{field: paths})
     if name == "backend":
         if value not in BACKENDS:
             raise UserError(
@@ -161,7 +163,7 @@ def _apply(
     if name == "timeout":
         return options._replace(timeout_s=_seconds(value))
     if name == "platform":
-        return options._replace(platform=_platform(value))
+        return options.having(platform=_platform(value))
     if name == "remount":
         raise UserError(
             "a lazyfs mount cannot be remounted", "unmount it and mount it again with the new options"
@@ -227,15 +229,3 @@ def _checked(options: MountOptions) -> MountOptions:
     if options.upperdir and not options.writable:
         raise UserError("mount option upperdir= needs rw", "add rw: -o rw,upperdir=...")
     return options
-
-
-def image_options(options: MountOptions) -> ImageOptions:
-    """What of the mount options concerns reaching the image."""
-    return ImageOptions(
-        offline=options.offline,
-        insecure=options.insecure,
-        timeout_s=options.timeout_s,
-        platform=options.platform,
-        ca_files=options.ca_files,
-        auth_files=options.auth_files or None,
-    )

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import trio
 
@@ -22,14 +23,20 @@ from lazyfs.core.index.blob import Index
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
-from lazyfs.images.documents import NeedsIndexError, load_config, load_index
+from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.images.resolve import Resolved, close_source, resolve
 from lazyfs.serving.device import LayerHandle
 from lazyfs.serving.fetcher import FetchLimits, LayerFetcher, Origin
 from lazyfs.serving.image import Image
 from lazyfs.serving.windows import Windows
-from lazyfs.sources.access import ImageOptions
+from lazyfs.sources.access import Access
 from lazyfs.sources.source import Sources
+from lazyfs.tasks import together
+
+
+class _Documents(NamedTuple):
+    found: Found
+    config: bytes
 
 
 class ImageStore:
@@ -48,17 +55,24 @@ class ImageStore:
         self._opening: collections.defaultdict[str, trio.Lock] = collections.defaultdict(trio.Lock)
         self._changing = trio.Lock()  # of `images` and `handles`; held across local work only
 
-    async def open(self, text: str, options: ImageOptions, known: str | None = None) -> Image:
-        """Opens an image, or returns it with one more user if it is open already. `known` as for resolve().
+    async def open(
+        self, text: str, access: Access, timeout_s: float, *, make_index: bool = True, known: str | None = None
+    ) -> Image | Missing:
+        """Opens an image, or returns it with one more user if it is open already.
 
-        Raises LazyfsError or NeedsIndexError.
+        `timeout_s`: the longest a read of it waits. `make_index`: a missing index is made if that is soon done.
+        `known` as for resolve(). Raises LazyfsError.
         """
-        resolved = await self._resolve(text, options, known)
+        resolved = await self._resolve(text, access, timeout_s, known)
         try:
             async with self._opening[resolved.manifest_digest]:  # a joined mount finds the first one's image
                 image = self.images.get(resolved.manifest_digest)
                 if image is None:
-                    return await self._open(resolved, options)
+                    found = await self._documents(resolved, access.offline, make_index)
+                    if isinstance(found, Missing):
+                        await close_source(resolved.source)
+                        return found
+                    return await self._open(resolved, found, timeout_s)
                 image.users += 1  # no checkpoint since it was found
         except BaseException:
             await close_source(resolved.source)
@@ -66,16 +80,19 @@ class ImageStore:
         await close_source(resolved.source)
         return image
 
-    async def _resolve(self, text: str, options: ImageOptions, known: str | None) -> Resolved:
+    async def _resolve(self, text: str, access: Access, timeout_s: float, known: str | None) -> Resolved:
         """As resolve(). While its registry is away, a reference means what is open under it."""
+        # Half of it, so that a connection that fell silent costs a read time, but does not fail it.
+        patience_s = timeout_s / 2
         try:
-            return await resolve(self.cache, text, options, known, self._sources)
+            return await resolve(self.cache, text, access, known, self._sources, patience_s)
         except RemoteError as error:
             if not error.temporary:
                 raise
             try:
-                offline = options._replace(offline=True)
-                resolved = await resolve(self.cache, text, offline, known, self._sources)
+                resolved = await resolve(
+                    self.cache, text, access._replace(offline=True), known, self._sources, patience_s
+                )
             except LazyfsError:
                 raise error from None
             if resolved.manifest_digest not in self.images:
@@ -83,37 +100,42 @@ class ImageStore:
                 raise
             return resolved
 
-    async def _open(self, resolved: Resolved, options: ImageOptions) -> Image:
-        results: dict[str, bytes] = {}
-        failures: list[LazyfsError] = []
+    async def _documents(
+        self, resolved: Resolved, offline: bool, make_index: bool
+    ) -> _Documents | Missing:
+        """The image's index, made if need be, and its config."""
+        configs: list[bytes] = []
+        indexes: list[Found | Missing] = []
 
         async def config() -> None:
-            try:
-                results["config"] = await load_config(self.cache, resolved)
-            except LazyfsError as error:
-                failures.append(error)
+            configs.append(await load_config(self.cache, resolved))
 
-        index, windows_digest = None, ""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(config)
-            try:
-                index, windows_digest = await load_index(self.cache, resolved, offline=options.offline)
-            except NeedsIndexError:
-                pass
-            except LazyfsError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
-        if index is None:
-            if options.offline or options.push_index:
-                raise NeedsIndexError(resolved.manifest_digest)
-            await self._make_index(resolved, results["config"])
-            index, windows_digest = await load_index(self.cache, resolved, offline=True)
+        async def index() -> None:
+            indexes.append(await find_index(self.cache, resolved, offline=offline))
+
+        await together(config, index)
+        found = indexes[0]
+        if isinstance(found, Missing) and make_index and not offline:
+            found = await self._make_index(resolved, configs[0], found)
+        return found if isinstance(found, Missing) else _Documents(found, configs[0])
+
+    async def _make_index(self, resolved: Resolved, config: bytes, missing: Missing) -> Found | Missing:
+        """Makes a missing index if nearly all of the image was read before."""
+
+        def load() -> Callable[[BlockCache, Resolved, ImageConfig], Awaitable[bool]]:
+            from lazyfs.indexing.small import make_small_index  # here, in a thread: takes 30 ms, and is rarely wanted
+
+            return make_small_index
+
+        make = await trio.to_thread.run_sync(load)
+        if not await make(self.cache, resolved, parse_config(config)):
+            return missing
+        return await find_index(self.cache, resolved, offline=True)
+
+    async def _open(self, resolved: Resolved, documents: _Documents, timeout_s: float) -> Image:
         async with self._changing:
             try:
-                image = await trio.to_thread.run_sync(
-                    self._assemble, resolved, index, windows_digest, results["config"], options
-                )
+                image = await trio.to_thread.run_sync(self._assemble, resolved, documents, timeout_s)
             except ImageError:  # the next mount shall look for another index than this
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(index_directory(self.cache, resolved.manifest_digest), "index"))
@@ -121,20 +143,7 @@ class ImageStore:
             self.images[resolved.manifest_digest] = image
             return image
 
-    async def _make_index(self, resolved: Resolved, config: bytes) -> None:
-        """Makes a missing index if nearly all of the image was read before; else raises NeedsIndexError."""
-
-        def load() -> Callable[[BlockCache, Resolved, ImageConfig], Awaitable[None]]:
-            from lazyfs.indexing.small import make_small_index  # here, in a thread: takes 30 ms, and is rarely wanted
-
-            return make_small_index
-
-        make = await trio.to_thread.run_sync(load)
-        await make(self.cache, resolved, parse_config(config))
-
-    def _assemble(
-        self, resolved: Resolved, index: Index, windows_digest: str, config: bytes, options: ImageOptions
-    ) -> Image:
+    def _assemble(self, resolved: Resolved, documents: _Documents, timeout_s: float) -> Image:
         """Everything that needs no network: namespace file, cache entries, handles. In a worker thread."""
         lock_fd = self._lock(resolved.manifest_digest)
         fresh: dict[str, LayerHandle] = {}
@@ -142,9 +151,9 @@ class ImageStore:
             namespace_path = os.path.join(
                 index_directory(self.cache, resolved.manifest_digest), "namespace.erofs"
             )
-            namespace = self._namespace(namespace_path, index)
+            namespace = self._namespace(namespace_path, documents.found.index)
             layers = [
-                self._layer(resolved, index, windows_digest, device.tag.decode("ascii", "replace"), fresh)
+                self._layer(resolved, documents.found, device.tag.decode("ascii", "replace"), fresh)
                 for device in ErofsReader(namespace).devices
             ]
             sizes = [device.size_bytes for device in ErofsReader(namespace).devices]
@@ -158,11 +167,11 @@ class ImageStore:
         self.handles.update(fresh)
         for handle, origin in layers:
             handle.fetcher.add_origin(origin)
-            handle.timeout_s = options.timeout_s
+            handle.timeout_s = timeout_s
         return Image(
             reference=str(resolved.reference),
             manifest_digest=resolved.manifest_digest,
-            config=config,
+            config=documents.config,
             namespace_path=namespace_path,
             layers=tuple(handle for handle, _ in layers),
             source=resolved.source,
@@ -191,12 +200,12 @@ class ImageStore:
     def _layer(
         self,
         resolved: Resolved,
-        index: Index,
-        windows_digest: str,
+        found: Found,
         content_root: str,
         fresh: dict[str, LayerHandle],
     ) -> tuple[LayerHandle, Origin]:
         """The handle of one device, from `fresh` if it was not open before, and where to fetch it."""
+        index = found.index
         numbers = [number for number, one in enumerate(index.layers) if one.content_root == content_root]
         if not numbers:
             raise ImageError("the namespace in the index names a layer the image does not have")
@@ -211,7 +220,7 @@ class ImageStore:
             raise ImageError("the index's tables disagree about a layer's length")
         if spans.windows > WINDOWS_PER_GROUP * len(record.window_groups):
             raise ImageError("the index lacks windows that its spans need")
-        remote = (resolved.source, windows_digest) if windows_digest else None
+        remote = (resolved.source, found.windows_digest) if found.windows_digest else None
         groups = os.path.join(index_directory(self.cache, resolved.manifest_digest), "groups")
         return handle, Origin(
             resolved.source, record.blob_digest, spans, Windows(record.window_groups, groups, remote)

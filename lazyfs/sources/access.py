@@ -1,51 +1,92 @@
-"""How images and their sources are reached."""
+"""How an image is reached: one record from the mount options to the HTTP client, the wire and the state file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# What of a user's environment leads to credentials (section "Credentials" of the README): nothing else of it is
+# kept or sent.
+ENVIRONMENT = (
+    "HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_RUNTIME_DIR",
+    "DOCKER_CONFIG",
+    "REGISTRY_AUTH_FILE",
+    "PATH",  # where docker-credential-* helpers are
+)
+_MAX_CHARACTERS = 4096  # PATH_MAX
+_MAX_ENVIRONMENT_CHARACTERS = 64 << 10
+_MAX_FILES = 64  # CA or authentication files
 
 
-class SourceOptions(NamedTuple):
-    """How to reach a source.
+class Access(NamedTuple):
+    """How an image and its sources are reached. A new field needs nothing but a name in mounting/options.py."""
 
-    `insecure`: plain http is allowed to any host, and certificates are not verified. `ca_files`: more trusted
-    CAs (PEM). `auth_files`: credential files in order of preference; None = the usual places of this process.
-    `environ`: what credential helpers get; None = this process's environment. `max_connections`: for ranges
-    and documents; streams have as many of their own. `patience_s`: a server that is silent for so long is
-    asked again on a new connection.
+    platform: str | None = None  # OS/ARCH[/VARIANT]; None: this host's
+    offline: bool = False  # no source is asked
+    insecure: bool = False  # plain http to any host; certificates are not verified
+    ca_files: tuple[str, ...] = ()  # more trusted CAs (PEM), absolute paths
+    auth_files: tuple[str, ...] | None = None  # credential files in order of preference; None: the usual places
+    environ: Mapping[str, str] | None = None  # of the user it is reached for; None: this process's
+
+    def to_json(self) -> dict[str, Any]:
+        """What from_json() reads."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
+
+    def for_user_of(self, environ: Mapping[str, str]) -> Access:
+        """For a process whose environment is another one: with what leads to this user's credentials."""
+        return self._replace(environ={name: environ[name] for name in ENVIRONMENT if environ.get(name)})
+
+
+def from_json(value: object) -> Access:
+    """The record of an untrusted JSON value. Raises ValueError, also for unknown fields: a newer client may mean them
+    seriously.
     """
+    if not isinstance(value, dict):
+        raise ValueError("access is not an object")
+    if unknown := set(value) - set(Access._fields):
+        raise ValueError(f"unknown option {min(unknown)!r:.40}")
+    kinds = {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in Access.__annotations__.items()}
+    return Access(**{name: _CHECKS[kinds[name]](item, name) for name, item in value.items()})
 
-    insecure: bool = False
-    ca_files: tuple[str, ...] = ()
-    auth_files: tuple[str, ...] | None = None
-    max_connections: int = 8
-    environ: Mapping[str, str] | None = None
-    patience_s: float = 30.0
+
+def _text(value: object, what: str, limit: int = _MAX_CHARACTERS) -> str:
+    if not isinstance(value, str) or not value or len(value) > limit or "\0" in value:
+        raise ValueError(f"{what} is not a text of 1 to {limit} characters")
+    return value
 
 
-class ImageOptions(NamedTuple):
-    """How to reach and open an image. `timeout_s` bounds each read; None for platform means this host's;
-    `push_index`: a missing index is made by the client, who pushes it.
-    """
+def _boolean(value: object, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{what} is neither true nor false")
+    return value
 
-    offline: bool = False
-    insecure: bool = False
-    timeout_s: float = 30.0
-    platform: str | None = None
-    ca_files: tuple[str, ...] = ()
-    auth_files: tuple[str, ...] | None = None
-    push_index: bool = False
-    environ: Mapping[str, str] | None = None  # of the user the image is opened for; None: this process's
 
-    def source_options(self) -> SourceOptions:
-        from lazyfs.sources.credentials import auth_files_of  # heavier than options are
+def _paths(value: object, what: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > _MAX_FILES:
+        raise ValueError(f"{what} is not a list of at most {_MAX_FILES} paths")
+    paths = tuple(_text(item, what) for item in value)
+    if not all(path.startswith("/") for path in paths):
+        raise ValueError(f"{what} has a relative path")
+    return paths
 
-        auth_files = self.auth_files
-        if auth_files is None and self.environ is not None:
-            auth_files = auth_files_of(self.environ)
-        # Half of it, so that a connection that fell silent costs a read time, but does not fail it.
-        patience_s = self.timeout_s / 2
-        return SourceOptions(
-            self.insecure, self.ca_files, auth_files, environ=self.environ, patience_s=patience_s
-        )
+
+def _environment(value: object, what: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(name in ENVIRONMENT for name in value):
+        raise ValueError(f"{what} has an unknown variable")
+    return {name: _text(item, name, _MAX_ENVIRONMENT_CHARACTERS) for name, item in value.items()}
+
+
+def _or_none(check: Callable[[object, str], object]) -> Callable[[object, str], object]:
+    return lambda value, what: None if value is None else check(value, what)
+
+
+# By the fields' types, as they are written above.
+_CHECKS: dict[str, Callable[[object, str], Any]] = {
+    "str | None": _or_none(_text),
+    "bool": _boolean,
+    "tuple[str, ...]": _paths,
+    "tuple[str, ...] | None": _or_none(_paths),
+    "Mapping[str, str] | None": _or_none(_environment),
+}

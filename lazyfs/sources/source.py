@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, Reference, RegistryReference
-from lazyfs.sources.access import SourceOptions
+from lazyfs.sources.access import Access
 from lazyfs.sources.transfer import TransferCounters
 
 if TYPE_CHECKING:
     from lazyfs.sources.http import HttpClient
 
-__all__ = ["Source", "SourceOptions", "Sources", "TransferCounters", "open_source"]
+__all__ = ["Source", "Sources", "TransferCounters", "open_source"]
+
+PATIENCE_S = 30.0
 
 
 class Source(Protocol):
@@ -54,7 +56,7 @@ class Source(Protocol):
         """Release connections and files."""
 
 
-def open_source(reference: Reference, options: SourceOptions, http: HttpClient | None = None) -> Source:
+def open_source(reference: Reference, access: Access, http: HttpClient | None = None) -> Source:
     """The source for a reference. No I/O except opening a layout's directory (UserError). `aclose()` it.
 
     `http`: the client to use, closed with the source; by default one of its own. The HTTP stack is
@@ -64,11 +66,11 @@ def open_source(reference: Reference, options: SourceOptions, http: HttpClient |
         from lazyfs.sources.layout import DirectoryLayout
 
         return DirectoryLayout(reference)
-    http = http or _client(options)
+    http = http or _client(access)
     if isinstance(reference, RegistryReference):
         from lazyfs.sources.registry import Registry
 
-        return Registry(reference, http, auth_files=options.auth_files, environ=options.environ)
+        return Registry(reference, http, auth_files=access.auth_files, environ=access.environ)
     from lazyfs.sources.weblayout import WebLayout
 
     return WebLayout(reference, http)
@@ -84,12 +86,10 @@ def preload() -> None:
     http.preload()
 
 
-def _client(options: SourceOptions) -> HttpClient:
+def _client(access: Access) -> HttpClient:
     from lazyfs.sources.http import HttpClient
 
-    return HttpClient(
-        insecure=options.insecure, ca_files=options.ca_files, max_connections=options.max_connections
-    )
+    return HttpClient(insecure=access.insecure, ca_files=access.ca_files)
 
 
 class Sources:
@@ -98,14 +98,14 @@ class Sources:
     def __init__(self) -> None:
         self._clients: dict[tuple[bool, tuple[str, ...]], HttpClient] = {}
 
-    def open(self, reference: Reference, options: SourceOptions) -> Source:
-        """As `open_source`."""
+    def open(self, reference: Reference, access: Access, patience_s: float = PATIENCE_S) -> Source:
+        """As `open_source`. A server that is silent for `patience_s` is asked again on a new connection."""
         if isinstance(reference, DirectoryReference):
-            return open_source(reference, options)
-        key = (options.insecure, options.ca_files)
+            return open_source(reference, access)
+        key = (access.insecure, access.ca_files)
         if key not in self._clients:
-            self._clients[key] = _client(options)
-        return open_source(reference, options, self._clients[key].sibling(options.patience_s))
+            self._clients[key] = _client(access)
+        return open_source(reference, access, self._clients[key].sibling(patience_s))
 
     async def aclose(self) -> None:
         """Closes all connections; the sources cannot be used any more."""

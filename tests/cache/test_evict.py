@@ -122,8 +122,8 @@ def test_broken_entries_are_reported_and_removed(store: BlockCache) -> None:
 
 KILLED = """
 import os, shutil, signal, sys
-from lazyfs import evict
-from lazyfs.cache import BlockCache
+from lazyfs.cache import evict
+from lazyfs.cache.directory import BlockCache
 real = {"rename": os.rename, "unlink": os.unlink, "rmdir": os.rmdir}
 left = int(sys.argv[2])
 def counting(name):

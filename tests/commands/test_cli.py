@@ -299,9 +299,9 @@ def test_what_an_ordinary_user_may_not(tmp_path: Path) -> None:
     for option in ("dev", "suid", "rw", "backend=kernel"):
         code = (
             "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-            "from lazyfs import cli\n"
+            "from lazyfs.commands import main\n"
             f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
-            "sys.exit(cli.main(['mount', '-o', sys.argv[2], 'a', '/tmp']))"
+            "sys.exit(main.main(['mount', '-o', sys.argv[2], 'a', '/tmp']))"
         )
         words = [sys.executable, "-c", code, str(ROOT), option]
         result = subprocess.run(words, capture_output=True, text=True, cwd="/", timeout=60)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from lazyfs.control import client, messages
 from lazyfs.control.client import Connection, DaemonGone, DaemonSilent
-from lazyfs.control.messages import Attached, LineBuffer, ProtocolError, Request, RequestOptions
+from lazyfs.control.messages import Attached, LineBuffer, ProtocolError, Request
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, Unsupported, UserError
+from lazyfs.sources.access import Access, from_json
 from lazyfs.system import sockets
 
 JSON = st.recursive(
@@ -38,22 +39,31 @@ def test_a_mount_request_survives_the_wire() -> None:
     message = {
         "op": "mount",
         "image": "debian:12",
-        "options": {
+        "access": {
             "offline": True,
             "insecure": False,
-            "timeout_s": 5,
             "platform": "linux/amd64",
             "ca_files": ["/ca"],
             "auth_files": None,
+            "environ": {"HOME": "/root"},
         },
-        "home": {"HOME": "/root"},
+        "timeout_s": 5,
     }
     assert messages.parse_request(messages.encode(message)) == Request(
         "mount",
         image="debian:12",
-        options=RequestOptions(offline=True, timeout_s=5.0, platform="linux/amd64", ca_files=("/ca",)),
-        home={"HOME": "/root"},
+        access=Access(offline=True, platform="linux/amd64", ca_files=("/ca",), environ={"HOME": "/root"}),
+        timeout_s=5.0,
     )
+
+
+def test_access_travels_as_it_is() -> None:
+    """All fields, so that a new one cannot be forgotten."""
+    access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"})
+    assert all(value != default for value, default in zip(access, Access(), strict=True))
+    message = {"op": "mount", "image": "a", "access": access.to_json()}
+    assert messages.parse_request(messages.encode(message)).access == access
+    assert from_json(Access().to_json()) == Access()
 
 
 def test_a_fuse_mount_request() -> None:
@@ -94,18 +104,18 @@ def test_names_that_are_not_utf_8_survive() -> None:
         b'{"op":["mount"]}',
         b'{"op":"mount","image":""}',
         b'{"op":"mount","image":"a\\u0000b"}',
-        b'{"op":"mount","image":"a","options":[]}',
-        b'{"op":"mount","image":"a","options":{"ofline":true}}',
-        b'{"op":"mount","image":"a","options":{"offline":1}}',
-        b'{"op":"mount","image":"a","options":{"timeout_s":0}}',
-        b'{"op":"mount","image":"a","options":{"timeout_s":true}}',
-        b'{"op":"mount","image":"a","options":{"timeout_s":NaN}}',
-        b'{"op":"mount","image":"a","options":{"timeout_s":' + b"9" * 1000 + b"}}",
-        b'{"op":"mount","image":"a","options":{"timeout_s":' + b"9" * 10000 + b"}}",
-        b'{"op":"mount","image":"a","options":{"ca_files":["relative"]}}',
-        b'{"op":"mount","image":"a","options":{"ca_files":"/a"}}',
-        b'{"op":"mount","image":"a","home":{"LD_PRELOAD":"/x"}}',
-        b'{"op":"mount","image":"a","home":{"HOME":1}}',
+        b'{"op":"mount","image":"a","access":[]}',
+        b'{"op":"mount","image":"a","access":{"ofline":true}}',
+        b'{"op":"mount","image":"a","access":{"offline":1}}',
+        b'{"op":"mount","image":"a","timeout_s":0}',
+        b'{"op":"mount","image":"a","timeout_s":true}',
+        b'{"op":"mount","image":"a","timeout_s":NaN}',
+        b'{"op":"mount","image":"a","timeout_s":' + b"9" * 1000 + b"}",
+        b'{"op":"mount","image":"a","timeout_s":' + b"9" * 10000 + b"}",
+        b'{"op":"mount","image":"a","access":{"ca_files":["relative"]}}',
+        b'{"op":"mount","image":"a","access":{"ca_files":"/a"}}',
+        b'{"op":"mount","image":"a","access":{"environ":{"LD_PRELOAD":"/x"}}}',
+        b'{"op":"mount","image":"a","access":{"environ":{"HOME":1}}}',
         b'{"op":"fuse_mount","image":"a"}',
         b'{"op":"fuse_mount","image":"a","target":"t"}',
         b'{"op":"stats"}',
@@ -133,7 +143,7 @@ def test_any_line_is_parsed_or_refused(line: bytes) -> None:
         {"op": st.sampled_from(messages.OPERATIONS)},
         optional={
             name: JSON
-            for name in ("image", "options", "home", "dev", "attached", "target", "allow_other", "exec")
+            for name in "image access timeout_s push_index dev attached target allow_other exec".split()  # noqa: SIM905
         },
     )
 )
@@ -299,4 +309,4 @@ def test_the_peer_is_known(tmp_path: Path) -> None:
 
 def test_only_what_leads_to_credentials_is_sent() -> None:
     environment = {"HOME": "/h", "DOCKER_CONFIG": "", "AWS_SECRET_ACCESS_KEY": "x"}
-    assert client.environment_home(environment) == {"HOME": "/h"}
+    assert Access().for_user_of(environment).environ == {"HOME": "/h"}

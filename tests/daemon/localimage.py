@@ -22,8 +22,9 @@ from typing import Any
 import trio
 
 from lazyfs.control import messages
-from lazyfs.daemon.fuseworker import NoIndexError, OpenedImage, run
+from lazyfs.daemon.fuseworker import OpenedImage, run
 from lazyfs.errors import RemoteError
+from lazyfs.images.documents import Missing
 
 
 class Disturbance:
@@ -101,9 +102,10 @@ def main() -> int:
     directory, cache, runtime, status_fd, fault_fd = sys.argv[1:]
 
     @contextlib.asynccontextmanager
-    async def opener(_: str, request: messages.Request) -> AsyncIterator[OpenedImage]:
+    async def opener(_: str, request: messages.Request) -> AsyncIterator[OpenedImage | Missing]:
         if request.image == "no-index":
-            raise NoIndexError("sha256:" + 64 * "1")
+            yield Missing("sha256:" + 64 * "1")
+            return
         if request.image == "gone":
             raise RemoteError("the registry has no such image", "check the name")
         disturbance = Disturbance()

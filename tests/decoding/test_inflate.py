@@ -352,8 +352,9 @@ def inflated_blob(name: str) -> Inflated:
 BOMB = """
 import sys, zlib
 from backports import zstd
-from lazyfs.core.spans import Compression, SpanTable, encode_points
-from lazyfs.inflate import SpanDecoder, layer_inflater
+from lazyfs.core.layer.spans import Compression, SpanTable, encode_points
+from lazyfs.decoding.layers import layer_inflater
+from lazyfs.decoding.span import SpanDecoder
 
 if sys.argv[1] == "gzip":
     deflater = zlib.compressobj(1, zlib.DEFLATED, 31)

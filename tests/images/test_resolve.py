@@ -14,16 +14,17 @@ from lazyfs.cache.images import index_directory, keep_index
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
 from lazyfs.core.oci.documents import Descriptor, build_artifact
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
-from lazyfs.images.documents import NeedsIndexError, load_index
+from lazyfs.images.documents import Found, Missing, find_index
 from lazyfs.images.resolve import Resolved, resolve
 from lazyfs.indexing.build import BuiltIndex
 from lazyfs.indexing.publish import attach_index, windows_digest, write_layout
-from lazyfs.sources.access import ImageOptions
+from lazyfs.serving.image import Image
+from lazyfs.sources.access import Access
 from tests.indexing.localimages import (
-    OPTIONS,
     big_layer,
     image_store,
     indexed,
+    opened,
     resolved,
     small_layer,
     write_image,
@@ -32,7 +33,7 @@ from tests.indexing.test_indexer import from_tar, read_files
 from tests.layout import push
 from tests.servers import RegistryServer
 
-OFFLINE = ImageOptions(platform="linux/amd64", offline=True)
+OFFLINE = Access(platform="linux/amd64", offline=True)
 
 
 @pytest.fixture
@@ -58,20 +59,20 @@ async def test_an_image_in_a_registry_with_an_attached_index_mounts_from_an_empt
         assert await attach_index(found.source, found, built) == first  # safe to repeat
     user = BlockCache(str(tmp_path / "user"))
     async with image_store(user) as images:
-        image = await images.open(reference, OPTIONS)
+        image = await opened(images, reference)
         assert await read_files(image) == from_tar(big_layer())
         digest = image.manifest_digest
         await images.close(image)
         # Now everything is here: offline, and by digest without a request.
-        image = await images.open(reference, OFFLINE)
+        image = await opened(images, reference, OFFLINE)
         assert await read_files(image) == from_tar(big_layer())
         assert image.source.counters.requests == 0
         await images.close(image)
         pinned = f"{registry.host}/resolve/attached@{digest}"
         with pytest.raises(UserError, match="not in the cache"):
-            await images.open(pinned, OFFLINE)
-        await images.close(await images.open(pinned, OPTIONS))
-        image = await images.open(pinned, OPTIONS)
+            await opened(images, pinned, OFFLINE)
+        await images.close(await opened(images, pinned))
+        image = await opened(images, pinned)
         assert image.source.counters.requests == 0
         await images.close(image)
         assert not images.handles and not images.images
@@ -82,8 +83,7 @@ async def test_offline_and_unknown(store: BlockCache, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not in the cache"):
         await resolve(store, reference, OFFLINE)
     async with resolved(store, reference) as found:
-        with pytest.raises(NeedsIndexError):
-            await load_index(store, found)
+        assert await find_index(store, found) == Missing(found.manifest_digest)
     async with resolved(store, reference, OFFLINE) as again:
         assert again.manifest_digest == found.manifest_digest
 
@@ -129,21 +129,23 @@ async def test_bad_indexes_are_passed_over_for_a_good_one(store: BlockCache, tmp
         await attach(found, built.index, None)  # its windows are missing
         await attach(found, built.index, built.windows, "application/octet-stream")
         await attach(found, b"LZFSIDX2" + built.index[8:], built.windows)
-        with pytest.raises(NeedsIndexError) as caught:
-            await load_index(store, found)
-        assert caught.value.manifest_digest == found.manifest_digest
+        missing = await find_index(store, found)
+        assert isinstance(missing, Missing) and missing.manifest_digest == found.manifest_digest
+        assert len(missing.reasons) == 6
+        for reason in ("belongs to another image", "lacks the windows", "no index of a version that lazyfs knows"):
+            assert any(reason in one for one in missing.reasons), missing.reasons
         await attach_index(found.source, found, built)
-        index, windows = await load_index(store, found)
-        assert index.manifest_digest == found.manifest_digest
-        assert windows == windows_digest(built)
+        index = await find_index(store, found)
+        assert isinstance(index, Found) and index.index.manifest_digest == found.manifest_digest
+        assert index.windows_digest == windows_digest(built) and index.artifact_digest
         # It was kept; rot in it, or in the note about its windows, leads back to the attached one.
         directory = index_directory(store, found.manifest_digest)
         assert await trio.Path(directory, "index").read_bytes() == built.index
         for name in ("index", "windows"):
             await trio.Path(directory, name).write_bytes(b"")
-            with pytest.raises(NeedsIndexError):
-                await load_index(store, found, offline=True)
-            await load_index(store, found)
+            missing = await find_index(store, found, offline=True)
+            assert isinstance(missing, Missing) and "in the cache" in missing.reasons[0]
+            assert isinstance(await find_index(store, found), Found)
             assert await trio.Path(directory, name).read_bytes()
 
 
@@ -171,19 +173,19 @@ async def test_images_that_are_opened_twice_are_shared_and_closed_with_the_last_
             built = await build(store, image_reference)
             await attach_index(found.source, found, built)
     async with image_store(store) as images:
-        opened = []
+        users: list[Image] = []
 
         async def open_one(text: str) -> None:
-            opened.append(await images.open(text, OPTIONS))
+            users.append(await opened(images, text))
 
         async with trio.open_nursery() as openers:
             for text in [reference, second] * 4:
                 openers.start_soon(open_one, text)
-        assert len({id(image) for image in opened}) == 2
+        assert len({id(image) for image in users}) == 2
         assert sorted(image.users for image in images.images.values()) == [4, 4]
         assert len(images.handles) == 2  # the big layer once
-        one = next(image for image in opened if image.reference == second)
-        for image in [image for image in opened if image is not one]:
+        one = next(image for image in users if image.reference == second)
+        for image in [image for image in users if image is not one]:
             await images.close(image)
         assert len(images.handles) == 2 - 1 and len(images.images) == 1
         for _ in range(3):
@@ -208,16 +210,16 @@ async def test_a_failed_open_leaves_nothing_open(store: BlockCache, tmp_path: Pa
         kept.write_bytes(b"{}")
         os.unlink(os.path.join(index_directory(store, found.manifest_digest), "config"))
         with pytest.raises(ImageError):
-            await images.open(reference, OPTIONS)
+            await opened(images, reference)
         kept.write_bytes(content)
         os.chmod(store.path, 0o700)
         os.rename(os.path.join(store.path, "layers"), os.path.join(store.path, "moved"))
         await trio.Path(store.path, "layers").write_text("")
         with pytest.raises(LazyfsError):
-            await images.open(reference, OPTIONS)
+            await opened(images, reference)
         os.unlink(os.path.join(store.path, "layers"))
         os.rename(os.path.join(store.path, "moved"), os.path.join(store.path, "layers"))
         assert not images.images and not images.handles
         assert len(os.listdir("/proc/self/fd")) <= before + 2  # trio keeps idle worker threads, not files
-        image = await images.open(reference, OPTIONS)
+        image = await opened(images, reference)
         await images.close(image)

@@ -18,12 +18,13 @@ from lazyfs.core.oci.documents import parse_config
 from lazyfs.images.documents import load_config
 from lazyfs.images.resolve import Resolved, resolve
 from lazyfs.indexing.build import BuiltIndex, build_index
+from lazyfs.serving.image import Image
 from lazyfs.serving.store import ImageStore
-from lazyfs.sources.access import ImageOptions
+from lazyfs.sources.access import Access
 from tests.layertar import LayerTar
 from tests.layout import GZIP, Layout
 
-OPTIONS = ImageOptions(platform="linux/amd64")
+OPTIONS = Access(platform="linux/amd64")
 
 
 def noise(size: int, seed: int = 1) -> bytes:
@@ -68,11 +69,18 @@ def write_image(path: Path, layers: Sequence[bytes], compression: str = GZIP, ta
     return f"oci:{path}:{tag}"
 
 
+async def opened(store: ImageStore, reference: str, access: Access = OPTIONS) -> Image:
+    """The image, which has an index, opened."""
+    image = await store.open(reference, access, 30.0)
+    assert isinstance(image, Image)
+    return image
+
+
 @asynccontextmanager
 async def resolved(
-    cache: BlockCache, reference: str, options: ImageOptions = OPTIONS
+    cache: BlockCache, reference: str, access: Access = OPTIONS
 ) -> AsyncIterator[Resolved]:
-    found = await resolve(cache, reference, options)
+    found = await resolve(cache, reference, access)
     try:
         yield found
     finally:

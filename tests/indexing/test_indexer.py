@@ -31,7 +31,6 @@ from lazyfs.serving.image import Image
 from lazyfs.sources.source import Source
 from tests.indexing import localimages
 from tests.indexing.localimages import (
-    OPTIONS,
     big_layer,
     empty_layer,
     image_store,
@@ -110,7 +109,7 @@ async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
         keep_index(store, found.manifest_digest, built.index, windows_digest(built))
         await found.source.push_blob(built.windows)
     async with image_store(store) as images:
-        image = await images.open(reference, OPTIONS)
+        image = await localimages.opened(images, reference)
         assert await read_files(image) == expected
         assert image.source.counters.bytes_fetched > 0
         await images.close(image)

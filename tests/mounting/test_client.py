@@ -18,8 +18,9 @@ from lazyfs.control import query, rundir
 from lazyfs.errors import HostError, LazyfsError, RemoteError, UserError
 from lazyfs.mounting import job, launch, unmount
 from lazyfs.mounting.mount import mount as mount_image
-from lazyfs.mounting.options import MountOptions, parse
+from lazyfs.mounting.options import parse
 from lazyfs.mounting.target import AlreadyMounted
+from lazyfs.sources.access import Access
 from lazyfs.system.mountapi import MNT_DETACH, umount2
 from lazyfs.system.mountinfo import mount_at
 from lazyfs.system.mountinfo import mounts as all_mounts
@@ -191,7 +192,7 @@ def test_an_upper_directory_that_overlayfs_refuses(mount: Mount, target: Path) -
 def helper(fake: Path, *words: object) -> list[str]:
     """The command line of mount(8)'s helper, with the stand-in daemon."""
     code = (
-        "import sys; from lazyfs import launch, mounthelper\n"
+        "import sys; from lazyfs.commands import mounthelper; from lazyfs.mounting import launch\n"
         f"launch.python_command = lambda *w: [sys.executable, '-P', {str(FAKE)!r}, *w]\n"
         "sys.exit(mounthelper.run(sys.argv[1:]))"
     )
@@ -287,18 +288,14 @@ def test_auto_falls_back_to_fuse_and_says_so(mount: Mount, fake: Path, target: P
 
 
 def test_a_missing_index_is_built_once(mount: Mount, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import types
-
     calls: list[tuple[str, bool]] = []
 
-    def build_missing_index(reference: str, options: MountOptions, push: bool, *, quiet: bool) -> None:
-        assert options.cache == str(fake)
+    def build_missing_index(reference: str, cache: str, access: Access, push: bool, bars: object) -> None:
+        assert cache == str(fake) and bars is None
         calls.append((reference, push))
         (fake / "built").touch()
 
-    commands = types.ModuleType("lazyfs.commands")
-    commands.__dict__["build_missing_index"] = build_missing_index
-    monkeypatch.setitem(sys.modules, "lazyfs.commands", commands)
+    monkeypatch.setattr("lazyfs.indexing.missing.build_missing_index", build_missing_index)
     with pytest.raises(UserError, match="offline"):
         mount("unindexed", "offline")
     mount("unindexed", push_index=True)

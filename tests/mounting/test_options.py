@@ -12,6 +12,7 @@ from lazyfs.commands import mounthelper
 from lazyfs.errors import UserError
 from lazyfs.mounting import options
 from lazyfs.mounting.options import MountOptions, parse, quote, split
+from lazyfs.sources.access import Access
 
 
 def test_defaults_are_read_only_and_safe() -> None:
@@ -31,18 +32,20 @@ def test_every_option() -> None:
         upperdir="/u",
         workdir="/w",
         backend="fuse",
-        offline=True,
         cache="/c",
         dev=True,
         suid=True,
         executable=False,
         allow_other=True,
-        insecure=True,
         foreground=True,
         timeout_s=2.5,
-        platform="linux/arm64/v8",
-        auth_files=("/a",),
-        ca_files=("/1", "/2"),
+        access=Access(
+            offline=True,
+            insecure=True,
+            platform="linux/arm64/v8",
+            auth_files=("/a",),
+            ca_files=("/1", "/2"),
+        ),
     )
 
 
@@ -120,7 +123,7 @@ def test_quoted_values_come_back(first: str, second: str) -> None:
 )
 def test_refusals_name_the_option_and_the_remedy(text: str, message: str) -> None:
     if text == "platform=linux/../x":  # dots are allowed inside a part; it is looked up, never used as a path
-        assert parse([text]).platform == "linux/../x"
+        assert parse([text]).access.platform == "linux/../x"
         return
     with pytest.raises(UserError) as caught:
         parse([text])
@@ -136,7 +139,7 @@ def test_sloppy_passes_over_the_unknown_but_not_over_wrong_values() -> None:
 def test_paths_become_absolute() -> None:
     assert parse(["cache=sub/../c"], directory="/d").cache == "/d/c"
     assert parse(["cache=c"]).cache == os.path.join(os.getcwd(), "c")
-    assert parse(["ca=~/ca.pem"]).ca_files == (os.path.expanduser("~/ca.pem"),)
+    assert parse(["ca=~/ca.pem"]).access.ca_files == (os.path.expanduser("~/ca.pem"),)
 
 
 @given(

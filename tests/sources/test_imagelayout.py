@@ -17,7 +17,8 @@ from lazyfs.core.oci import documents, platforms
 from lazyfs.core.oci.documents import Descriptor, Manifest
 from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, UserError
-from lazyfs.sources.source import Source, SourceOptions, open_source
+from lazyfs.sources.access import Access
+from lazyfs.sources.source import Source, open_source
 from tests.servers import FaultProxy, RegistryServer, Rule, StaticServer, sha256_digest
 from tests.sources.repositories import BLOB, DEADLINE_S
 
@@ -28,7 +29,7 @@ DIGEST = sha256_digest(BLOB)
 @asynccontextmanager
 async def opened(text: str, ca_files: tuple[str, ...] = ()) -> AsyncIterator[Source]:
     """The source for a reference, under a deadline."""
-    source = open_source(parse_reference(text), SourceOptions(auth_files=(), ca_files=ca_files))
+    source = open_source(parse_reference(text), Access(auth_files=(), ca_files=ca_files))
     with trio.fail_after(DEADLINE_S):
         try:
             yield source

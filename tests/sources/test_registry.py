@@ -16,9 +16,10 @@ from lazyfs.core.oci import documents
 from lazyfs.core.oci.documents import Descriptor, Manifest
 from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, NotFound, RemoteError
+from lazyfs.sources.access import Access
 from lazyfs.sources.failures import RetryPolicy
 from lazyfs.sources.http import HttpClient
-from lazyfs.sources.source import SourceOptions, open_source
+from lazyfs.sources.source import open_source
 from tests.conftest import ROOT
 from tests.servers import FaultProxy, RegistryServer, Rule, StaticServer, TokenServer, sha256_digest
 from tests.sources.repositories import BLOB, DEADLINE_S, login, open_registry, read_stream
@@ -258,7 +259,7 @@ async def test_tls(tmp_path: Path) -> None:
 
 async def test_open_source(server: RegistryServer) -> None:
     """The public way in."""
-    source = open_source(parse_reference(f"{server.host}/demo"), SourceOptions(auth_files=()))
+    source = open_source(parse_reference(f"{server.host}/demo"), Access(auth_files=()))
     with trio.fail_after(DEADLINE_S):
         try:
             assert (await source.manifest("latest"))[1] == documents.MEDIA_MANIFEST
@@ -282,12 +283,13 @@ import trio
 from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import NotFound
 from lazyfs.sources import source
+from lazyfs.sources.access import Access
 
 source.preload()
 before = set(sys.modules)
 
 async def ask():
-    opened = source.open_source(parse_reference(sys.argv[1]), source.SourceOptions())
+    opened = source.open_source(parse_reference(sys.argv[1]), Access())
     print((await opened.manifest("latest"))[1])
     await opened.aclose()
 

@@ -22,7 +22,7 @@ Script = Callable[..., "subprocess.CompletedProcess[str]"]
 HELPER = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from lazyfs.mounthelper import main
+from lazyfs.commands.mounthelper import main
 main()
 """
 OVER_SBIN = 'sbin=$(realpath /sbin); mount -t overlay -o "lowerdir=$0:$sbin" overlay "$sbin" || exit 99\n'

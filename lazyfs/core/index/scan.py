@@ -1,7 +1,7 @@
 """What one pass over a layer finds out, and the form in which a cache keeps it: a layer is read only once.
 
-Layout (docs/FORMATS.md, "Scan of a layer"; version 1): a blob of sections (core/index/sections.py), magic "LZFSSCN1". The
-sections are the entries (JSON), the packed block table, the span records and the groups of windows back to back.
+Layout (docs/FORMATS.md, "Scan of a layer"; version 1): a blob of sections (core/index/sections.py), magic "LZFSSCN1".
+The sections are the entries (JSON), the packed block table, the span records and the groups of windows back to back.
 """
 
 from __future__ import annotations
