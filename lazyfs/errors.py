@@ -49,11 +49,8 @@ class RemoteError(LazyfsError):
     fault = code = "remote"
     exit_code = 32
 
-    def __init__(
-        self, message: str, hint: str = "", *, status: int | None = None, temporary: bool = True
-    ) -> None:
+    def __init__(self, message: str, hint: str = "", *, temporary: bool = True) -> None:
         super().__init__(message, hint)
-        self.status = status
         self.temporary = temporary
 
 

@@ -59,7 +59,7 @@ def _failed(locator: Locator, status: int) -> RemoteError | NotFound:
     message = f"{locator.what}: the server answered {status}"
     if status == 404:
         return NotFound(message, "it may have been deleted; check the image")
-    return RemoteError(message, "report this to the server's operator", status=status, temporary=False)
+    return RemoteError(message, "report this to the server's operator", temporary=False)
 
 
 async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes: int) -> bytes:

@@ -1,8 +1,8 @@
-"""HTTP requests with retries, checked redirects and lazily made TLS contexts. The only importer of httpx.
+"""HTTP requests with retries and checked redirects.
 
-One `HttpClient` serves one source. It knows nothing of registries: callers give URLs and headers and get
-status, headers and body. Every failure leaves as RemoteError. Query strings (signed URLs) and headers never
-appear in messages.
+An `HttpClient` serves one source, with its patience and its counters, over `Connections` that it may share. It knows
+nothing of registries: callers give URLs and headers and get status, headers and body. Every failure leaves as
+RemoteError. Query strings (signed URLs) and headers never appear in messages.
 
 Strategy: a request is one attempt (`_attempt`) inside one loop (`_retrying`). An attempt follows redirects by
 hand, because whether credentials may travel on is decided per hop.
@@ -10,40 +10,23 @@ hand, because whether credentials may travel on is decided per hop.
 
 from __future__ import annotations
 
-import copy
-import http.cookiejar
-import logging
-import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import httpx
 import trio
 
 from lazyfs.errors import RemoteError
-from lazyfs.sources.failures import Failed, RetryPolicy, explain
-from lazyfs.sources.transfer import TransferCounters
-from lazyfs.sources.transports import CERTS_DIRS, HOSTS_AT_ONCE, Transports, http_transport, peer_of
+from lazyfs.sources.connections import Answer, Connections
+from lazyfs.sources.failures import Failed, RetryPolicy
+from lazyfs.sources.transfer import PATIENCE_S, TransferCounters
 from lazyfs.sources.urls import is_loopback, led_to, origin, redact, retry_after_s
-from lazyfs.tasks import Slots
 
 MAX_REDIRECTS = 5  # registry -> blob store is one hop; proxies add one or two
 MAX_ERROR_BODY_BYTES = 64 << 10
-CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 30.0  # of silence, not of the whole answer: the caller bounds that
 MAX_RETRY_AFTER_S = 60.0  # a server that wants more is answered with an error, not with waiting
 TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
-
-# httpx logs each URL at INFO, query string and all: signed URLs are credentials.
-for _name in ("httpx", "httpcore"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
-
-
-def preload() -> None:
-    """Imports what the first request would import, for a daemon that has nothing else to do."""
-    http_transport(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), httpx.Limits(), None)
 
 
 @dataclass(frozen=True)
@@ -73,59 +56,38 @@ class BodyTooLarge(RemoteError):
     """The body is larger than the caller allows; it was not read."""
 
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 
 class HttpClient:
-    """Owned by one source; `aclose()` it. Safe for many tasks of one trio run.
+    """For many tasks of one trio run; `aclose()` it.
 
-    Sources may share connections: see `sibling`. `max_connections` bounds requests in flight to one host;
-    streams have as many connections of their own, so whoever holds a stream can always fetch something else.
+    `patience_s`: silence in an answer that is not a stream, after which it asks again; nor does it wait longer
+    between two attempts. `shared`: others use the connections, too, so closing the client closes nothing.
     """
 
     def __init__(
         self,
+        connections: Connections,
         *,
-        insecure: bool = False,
-        ca_files: Sequence[str] = (),
-        max_connections: int = 8,
-        counters: TransferCounters | None = None,
+        patience_s: float = PATIENCE_S,
+        stream_patience_s: float = PATIENCE_S,
         retry: RetryPolicy | None = None,
-        certs_dirs: Sequence[str] = CERTS_DIRS,
-        read_timeout_s: float = READ_TIMEOUT_S,
+        shared: bool = False,
     ) -> None:
-        self._owner = True
-        self.insecure = insecure
-        self.counters = counters if counters is not None else TransferCounters()
-        self.retry = retry or RetryPolicy()
-        self._slots = Slots(max_connections)  # by origin: a silent host holds up nobody but who asks it
-        self._stream_slots = Slots(max_connections)
-        self._stream_silence = self._silence = _silence(read_timeout_s)
-        # No cookies: nothing here needs them, and they would travel between repositories.
-        no_cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
-        self._client = httpx.AsyncClient(
-            transport=Transports(
-                insecure, tuple(ca_files), 2 * max_connections * HOSTS_AT_ONCE, tuple(certs_dirs)
-            ),
-            cookies=no_cookies,
-            headers={"User-Agent": "lazyfs", "Accept-Encoding": "identity", "Accept": "*/*"},
-        )
-
-    def sibling(self, patience_s: float = READ_TIMEOUT_S) -> HttpClient:
-        """A client that uses this one's connections and limits, and counts for itself; closing it closes
-        nothing. `patience_s`: silence in an answer that is not a stream, after which it asks again; nor does
-        it wait longer between two attempts."""
-        sibling = copy.copy(self)
-        sibling._silence = _silence(patience_s)
-        sibling.retry = replace(self.retry, cap_s=min(self.retry.cap_s, patience_s))
-        sibling.counters = TransferCounters()
-        sibling._owner = False
-        return sibling
+        retry = retry or RetryPolicy()
+        self.retry = replace(retry, cap_s=min(retry.cap_s, patience_s))
+        self.counters = TransferCounters()
+        self.insecure = connections.insecure
+        self._connections = connections
+        self._shared = shared
+        self._patience_s = patience_s
+        self._stream_patience_s = stream_patience_s
 
     async def aclose(self) -> None:
-        """Close all connections, unless they are somebody else's."""
-        if self._owner:
-            await self._client.aclose()
+        """Closes all connections, unless others use them. Idempotent."""
+        if not self._shared:
+            await self._connections.aclose()
 
     async def send(
         self,
@@ -147,14 +109,14 @@ class HttpClient:
         """
 
         async def attempt() -> Response:
-            async with self._slots.of(origin(url)):
-                raw = await self._attempt(method, url, headers or {}, content, self._silence, secret)
+            async with self._connections.slots.of(origin(url)):
+                answer = await self._attempt(method, url, headers or {}, content, self._patience_s, secret)
                 try:
-                    limit = max_body_bytes if raw.status_code < 300 else MAX_ERROR_BODY_BYTES
-                    body = await self._read_body(raw, limit)
+                    limit = max_body_bytes if answer.status < 300 else MAX_ERROR_BODY_BYTES
+                    body = await self._read_body(method, answer, limit)
                 finally:
-                    await raw.aclose()
-            response = Response(raw.status_code, raw.headers, body, str(raw.url), peer_of(raw))
+                    await answer.aclose()
+            response = Response(answer.status, answer.headers, body, answer.url, answer.peer)
             if check is not None and (problem := check(response)):
                 raise Failed(problem, "the server or the network damages answers", temporary=True)
             return response
@@ -167,21 +129,21 @@ class HttpClient:
     ) -> AsyncIterator[StreamResponse]:
         """GET with the body as it comes. Retries until the answer begins; then breaks are the caller's."""
 
-        async def attempt() -> httpx.Response:
-            return await self._attempt("GET", url, headers or {}, None, self._stream_silence)
+        async def attempt() -> Answer:
+            return await self._attempt("GET", url, headers or {}, None, self._stream_patience_s)
 
-        async with self._stream_slots.of(origin(url)):
-            raw = await self._retrying("GET", url, attempt, self.retry.attempts)
-            chunks = self._chunks(raw)
+        async with self._connections.stream_slots.of(origin(url)):
+            answer = await self._retrying("GET", url, attempt, self.retry.attempts)
+            chunks = self._chunks(answer)
             try:
-                yield StreamResponse(raw.status_code, raw.headers, str(raw.url), peer_of(raw), chunks)
+                yield StreamResponse(answer.status, answer.headers, answer.url, answer.peer, chunks)
             finally:
                 await chunks.aclose()
-                await raw.aclose()
+                await answer.aclose()
 
     async def _retrying(
-        self, method: str, url: str, attempt: Callable[[], Awaitable[_Answer]], attempts: int
-    ) -> _Answer:
+        self, method: str, url: str, attempt: Callable[[], Awaitable[_Result]], attempts: int
+    ) -> _Result:
         tried = 0
         while True:
             tried += 1
@@ -189,8 +151,6 @@ class HttpClient:
                 return await attempt()
             except Failed as error:
                 failed = error
-            except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
-                failed = explain(error)
             delay_s = self.retry.delay_s(tried) if failed.wait_s is None else failed.wait_s
             left_s = trio.current_effective_deadline() - trio.current_time()
             # Waiting longer than the caller would only turn a telling error into a time-out.
@@ -199,7 +159,6 @@ class HttpClient:
                 raise RemoteError(
                     f"{method} {redact(url)}: {failed.problem}{times}",
                     failed.hint,
-                    status=failed.status,
                     temporary=failed.temporary,
                 )
             self.counters.retries += 1
@@ -211,29 +170,26 @@ class HttpClient:
         url: str,
         headers: Mapping[str, str],
         content: bytes | None,
-        silence: httpx.Timeout,
+        silence_s: float,
         secret: bool = False,
-    ) -> httpx.Response:
+    ) -> Answer:
         """One attempt up to the answer's headers; the caller closes it. Redirects are followed."""
         first = origin(url)
         headers = dict(headers)
         for _ in range(MAX_REDIRECTS + 1):
             self._check_scheme(url)
             self.counters.requests += 1
-            request = self._client.build_request(
-                method, url, headers=headers, content=content, timeout=silence
-            )
-            raw = await self._client.send(request, stream=True)
+            answer = await self._connections.send(method, url, headers, content, silence_s)
             try:
-                target = self._redirect_target(method, raw)
+                target = self._redirect_target(method, answer)
                 if target is None:
-                    await self._refuse_temporary(raw)
-                    return raw
-                await self._read_body(raw, MAX_ERROR_BODY_BYTES)  # a read connection can be used again
+                    await self._refuse_temporary(method, answer)
+                    return answer
+                await self._read_body(method, answer, MAX_ERROR_BODY_BYTES)  # a read connection can be used again
             except BaseException:
-                await raw.aclose()
+                await answer.aclose()
                 raise
-            await raw.aclose()
+            await answer.aclose()
             url = target
             if origin(url) != first:  # distribution-spec, RFC 9110 section 15.4
                 if secret:
@@ -251,86 +207,62 @@ class HttpClient:
             )
 
     @staticmethod
-    def _redirect_target(method: str, raw: httpx.Response) -> str | None:
-        location: str | None = raw.headers.get("Location")
+    def _redirect_target(method: str, answer: Answer) -> str | None:
+        location = answer.headers.get("Location")
         # 301-303 turn other methods into GET, which no upload survives: those answers go to the caller.
         followed = (301, 302, 303, 307, 308) if method in ("GET", "HEAD") else (307, 308)
-        if raw.status_code not in followed or location is None:
+        if answer.status not in followed or location is None:
             return None
-        return led_to(str(raw.url), location, peer_of(raw))
+        return led_to(answer.url, location, answer.peer)
 
-    async def _refuse_temporary(self, raw: httpx.Response) -> None:
+    async def _refuse_temporary(self, method: str, answer: Answer) -> None:
         """Turn an answer that may be better next time into Failed."""
-        status = raw.status_code
+        status = answer.status
         if status not in TEMPORARY_STATUS:
             return
-        await self._read_body(raw, MAX_ERROR_BODY_BYTES)
+        await self._read_body(method, answer, MAX_ERROR_BODY_BYTES)
         hint = "the server is in trouble; try again later"
         if status == 429:
             hint = "the server limits requests; try again later, or log in for a higher limit"
-        wait_s = retry_after_s(raw.headers.get("Retry-After"))
-        raise Failed(f"the server answered {status}", hint, temporary=True, status=status, wait_s=wait_s)
+        wait_s = retry_after_s(answer.headers.get("Retry-After"))
+        raise Failed(f"the server answered {status}", hint, temporary=True, wait_s=wait_s)
 
-    async def _raw_chunks(self, raw: httpx.Response) -> AsyncGenerator[bytes, None]:
-        """The body as it comes, counted. Closed early, it closes the answer; httpx's exceptions pass."""
-        body = raw.aiter_raw()
+    async def _chunks(self, answer: Answer) -> AsyncGenerator[bytes, None]:
         try:
-            async for chunk in body:
-                self.counters.bytes_fetched += len(chunk)
-                yield chunk
-        except GeneratorExit:
-            # httpx's body is a chain of generators, and closing the outermost leaves the others to the
-            # garbage collector. Reading on from the closed answer ends them all, without any I/O.
-            with trio.CancelScope(shield=True):
-                await raw.aclose()
-                with suppress(httpx.HTTPError, httpx.StreamError):
-                    async for _ in body:
-                        pass
-            raise
-
-    async def _chunks(self, raw: httpx.Response) -> AsyncGenerator[bytes, None]:
-        try:
-            async with aclosing(self._raw_chunks(raw)) as chunks:
+            async with aclosing(answer.chunks()) as chunks:
                 async for chunk in chunks:
+                    self.counters.bytes_fetched += len(chunk)
                     yield chunk
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            failed = explain(error)
-            raise RemoteError(f"GET {redact(str(raw.url))}: {failed.problem}", failed.hint) from None
+        except Failed as failed:
+            raise RemoteError(f"GET {redact(answer.url)}: {failed.problem}", failed.hint) from None
 
-    async def _read_body(self, raw: httpx.Response, limit_bytes: int) -> bytes:
+    async def _read_body(self, method: str, answer: Answer, limit_bytes: int) -> bytes:
         """The body, at most `limit_bytes`; of an error answer as much of its beginning as can be had."""
-        length = raw.headers.get("Content-Length", "")
-        ok = raw.status_code < 300
-        if raw.request.method == "HEAD":
+        length = answer.headers.get("Content-Length", "")
+        ok = answer.status < 300
+        if method == "HEAD":
             length = ""  # of the body that GET would have; reading the empty one keeps the connection usable
         if ok and length.isascii() and length.isdigit() and int(length[:20]) > limit_bytes:
-            raise self._too_large(raw, limit_bytes)
+            raise self._too_large(answer, limit_bytes)
         pieces: list[bytes] = []
         size = 0
         try:
-            async with aclosing(self._raw_chunks(raw)) as chunks:
+            async with aclosing(answer.chunks()) as chunks:
                 async for chunk in chunks:
+                    self.counters.bytes_fetched += len(chunk)
                     size += len(chunk)
                     if size > limit_bytes:
                         if ok:
-                            raise self._too_large(raw, limit_bytes)
+                            raise self._too_large(answer, limit_bytes)
                         break
                     pieces.append(chunk)
-        except httpx.TransportError:
+        except Failed:
             # docker-registry answers 416 with the length of the blob, then closes: the status is what counts.
             if ok:
                 raise
         return b"".join(pieces)
 
-    def _too_large(self, raw: httpx.Response, limit_bytes: int) -> BodyTooLarge:
+    def _too_large(self, answer: Answer, limit_bytes: int) -> BodyTooLarge:
         return BodyTooLarge(
-            f"GET {redact(str(raw.url))}: the answer is larger than {limit_bytes} bytes",
-            status=raw.status_code,
-            temporary=False,
+            f"GET {redact(answer.url)}: the answer is larger than {limit_bytes} bytes", temporary=False
         )
-
-
-def _silence(read_timeout_s: float) -> httpx.Timeout:
-    # pool=None: the semaphores do the waiting, inside the caller's deadline.
-    connect_s = min(CONNECT_TIMEOUT_S, read_timeout_s)
-    return httpx.Timeout(read_timeout_s, connect=connect_s, pool=None)

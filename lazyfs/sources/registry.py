@@ -311,7 +311,7 @@ class Registry:
         hint = "check the name and the registry's settings"
         if answer.status == 404 and not temporary:
             return NotFound(message, hint)
-        return RemoteError(message, hint, status=answer.status, temporary=temporary)
+        return RemoteError(message, hint, temporary=temporary)
 
 
 class _Place:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, Reference, RegistryReference
 from lazyfs.sources.access import Access
-from lazyfs.sources.transfer import TransferCounters
+from lazyfs.sources.transfer import PATIENCE_S, TransferCounters
 
 if TYPE_CHECKING:
-    from lazyfs.sources.http import HttpClient
+    from lazyfs.sources.connections import Connections
 
 __all__ = ["Source", "Sources", "TransferCounters", "open_source"]
-
-PATIENCE_S = 30.0
 
 
 class Source(Protocol):
@@ -56,17 +54,23 @@ class Source(Protocol):
         """Release connections and files."""
 
 
-def open_source(reference: Reference, access: Access, http: HttpClient | None = None) -> Source:
+def open_source(
+    reference: Reference, access: Access, connections: Connections | None = None, patience_s: float = PATIENCE_S
+) -> Source:
     """The source for a reference. No I/O except opening a layout's directory (UserError). `aclose()` it.
 
-    `http`: the client to use, closed with the source; by default one of its own. The HTTP stack is
-    imported only for those who need it: it costs more than opening a local layout.
+    `connections`: those to use; they stay open. By default the source has its own. `patience_s`: a server that is
+    silent for so long is asked again on a new connection. The HTTP stack is imported only for those who need it: it
+    costs more than opening a local layout.
     """
     if isinstance(reference, DirectoryReference):
         from lazyfs.sources.layout import DirectoryLayout
 
         return DirectoryLayout(reference)
-    http = http or _client(access)
+    from lazyfs.sources.http import HttpClient
+
+    shared = connections is not None
+    http = HttpClient(connections or _connections(access), patience_s=patience_s, shared=shared)
     if isinstance(reference, RegistryReference):
         from lazyfs.sources.registry import Registry
 
@@ -79,35 +83,35 @@ def open_source(reference: Reference, access: Access, http: HttpClient | None = 
 def preload() -> None:
     """Imports what sources on the network need, for a process that waits for its first one."""
     from lazyfs.sources import (
-        http,
+        connections,
         registry,  # noqa: F401
     )
 
-    http.preload()
+    connections.preload()
 
 
-def _client(access: Access) -> HttpClient:
-    from lazyfs.sources.http import HttpClient
+def _connections(access: Access) -> Connections:
+    from lazyfs.sources.connections import Connections
 
-    return HttpClient(insecure=access.insecure, ca_files=access.ca_files)
+    return Connections(insecure=access.insecure, ca_files=access.ca_files)
 
 
 class Sources:
-    """Opens sources that share one connection pool for each way of reaching servers (CAs, insecure)."""
+    """Opens sources that share connections, for each way of reaching servers (CAs, insecure)."""
 
     def __init__(self) -> None:
-        self._clients: dict[tuple[bool, tuple[str, ...]], HttpClient] = {}
+        self._connections: dict[tuple[bool, tuple[str, ...]], Connections] = {}
 
     def open(self, reference: Reference, access: Access, patience_s: float = PATIENCE_S) -> Source:
-        """As `open_source`. A server that is silent for `patience_s` is asked again on a new connection."""
+        """As `open_source`."""
         if isinstance(reference, DirectoryReference):
             return open_source(reference, access)
         key = (access.insecure, access.ca_files)
-        if key not in self._clients:
-            self._clients[key] = _client(access)
-        return open_source(reference, access, self._clients[key].sibling(patience_s))
+        if key not in self._connections:
+            self._connections[key] = _connections(access)
+        return open_source(reference, access, self._connections[key], patience_s)
 
     async def aclose(self) -> None:
         """Closes all connections; the sources cannot be used any more."""
-        for client in self._clients.values():
-            await client.aclose()
+        for connections in self._connections.values():
+            await connections.aclose()

@@ -82,7 +82,7 @@ class Authorizer:
         """A new header after the server refused `used` with this answer, or (None) as it expires.
 
         Many requests may meet the 401 at once: the first fetches, the others get what it fetched. RemoteError
-        (status 401, not temporary) if access is denied.
+        (not temporary) if access is denied.
         """
         async with self._lock:
             grant = self._grants.get(actions)
@@ -104,7 +104,6 @@ class Authorizer:
                 raise RemoteError(
                     f"{self._registry} asks for a login in a way that is not supported",
                     "supported are Basic and Bearer",
-                    status=401,
                     temporary=False,
                 )
             self._grants[actions] = grant
@@ -122,7 +121,6 @@ class Authorizer:
         return RemoteError(
             f"{self._registry} denies access to {self._repository}: {known}",
             f"check the name, or log in: skopeo login {self._registry}",
-            status=401,
             temporary=False,
         )
 
@@ -170,7 +168,6 @@ class Authorizer:
             raise RemoteError(
                 f"the token server {redact(realm)} answered {answer.status}",
                 "try again later",
-                status=answer.status,
                 temporary=False,
             )
         return _parse_token(answer.body, redact(realm))

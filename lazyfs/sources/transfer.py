@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PATIENCE_S = 30.0  # of silence, not for the whole answer: the caller bounds that
+
 
 @dataclass
 class TransferCounters:

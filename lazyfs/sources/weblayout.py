@@ -34,7 +34,7 @@ class WebLayout(Layout):
         if answer.status == 404:
             raise NotFound(message, hint)
         if answer.status != 200:
-            raise RemoteError(message, hint, status=answer.status, temporary=False)
+            raise RemoteError(message, hint, temporary=False)
         return answer.body
 
     async def blob(self, digest: str, size_bytes: int) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from lazyfs.core.oci.reference import RegistryReference, parse_reference
+from lazyfs.sources.connections import Connections
 from lazyfs.sources.failures import RetryPolicy
 from lazyfs.sources.http import HttpClient
 from lazyfs.sources.registry import Registry
@@ -33,16 +34,11 @@ async def open_registry(
     insecure: bool = False,
     certs_dirs: Sequence[str] = (),
     retry: RetryPolicy = FAST,
-    read_timeout_s: float = 20.0,
+    patience_s: float = 20.0,
 ) -> AsyncIterator[Registry]:
     """A Registry under a deadline, without back-off waits, that reads none of this host's files."""
-    http = HttpClient(
-        insecure=insecure,
-        ca_files=ca_files,
-        retry=retry,
-        certs_dirs=certs_dirs,
-        read_timeout_s=read_timeout_s,
-    )
+    connections = Connections(insecure=insecure, ca_files=ca_files, certs_dirs=certs_dirs)
+    http = HttpClient(connections, patience_s=patience_s, stream_patience_s=patience_s, retry=retry)
     reference = parse_reference(f"{host}/{repository}")
     assert isinstance(reference, RegistryReference)
     registry = Registry(reference, http, auth_files=auth_files)

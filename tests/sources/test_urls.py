@@ -10,6 +10,7 @@ import trio
 from lazyfs.core.oci import documents
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.errors import RemoteError
+from lazyfs.sources.connections import Connections
 from lazyfs.sources.http import HttpClient
 from lazyfs.sources.urls import led_to, may_lead, origin, redact, retry_after_s
 from tests.servers import FaultProxy, RegistryServer, Rule, TokenServer, sha256_digest
@@ -134,7 +135,7 @@ def victim(registry: RegistryServer) -> Iterator[FaultProxy]:
 async def test_redirects_into_this_host(elsewhere: FaultProxy, victim: FaultProxy, host: str) -> None:
     headers = {"Location": f"http://{host}:{victim.host.rpartition(':')[2]}/x"}
     elsewhere.rules = [Rule("status", status=307, times=None, headers=headers)]
-    client = HttpClient(insecure=True, retry=FAST)
+    client = HttpClient(Connections(insecure=True), retry=FAST)
     with trio.fail_after(DEADLINE_S), pytest.raises(RemoteError, match="redirected to"):
         await client.send("GET", f"http://{REMOTE}/v2/")
     assert elsewhere.count() == 1
