@@ -62,7 +62,7 @@ async def resolve(
     note = os.path.join(cache.path, "refs", key)
     source = sources.open(reference, access, patience_s) if sources else open_source(reference, access)
     try:
-        if known is None and (access.offline or _digest_of(reference)):
+        if known is None and (access.offline or is_digest(reference.selector)):
             known = (read_file(note) or b"").decode("ascii", "replace")
         if known and is_digest(known):
             found = read_file(os.path.join(index_directory(cache, known), "manifest"))
@@ -83,7 +83,7 @@ async def resolve(
 
 
 async def _ask(source: Source, reference: Reference, platform: str) -> tuple[str, bytes]:
-    name = _digest_of(reference) or getattr(reference, "tag", None) or getattr(reference, "ref", None) or ""
+    name = reference.selector
     for _ in range(4):  # image indexes may nest; real ones are one deep
         raw, media_type = await source.manifest(name)
         parsed = parse_manifest(raw, media_type)
@@ -91,11 +91,6 @@ async def _ask(source: Source, reference: Reference, platform: str) -> tuple[str
             return "sha256:" + hashlib.sha256(raw).hexdigest(), raw
         name = select_platform(parsed, platform).digest
     raise ImageError(f"{reference}: image indexes are nested too deep")
-
-
-def _digest_of(reference: Reference) -> str | None:
-    digest = getattr(reference, "digest", None)
-    return digest if isinstance(digest, str) else None
 
 
 def _image_manifest(raw: bytes) -> Manifest:

@@ -10,8 +10,9 @@ import os
 
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
 from lazyfs.core.oci.digests import sha256_digest
-from lazyfs.core.oci.documents import Descriptor, build_artifact
+from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference
+from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.errors import HostError
 from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.build import BuiltIndex

@@ -61,7 +61,8 @@ def mount(
 
 
 def absolute_reference(image: str) -> str:
-    """`oci:DIR` with an absolute DIR: the daemon works in another directory."""
+    """`oci:DIR` with an absolute DIR: the daemon works in another directory. It is not parsed here: that would load
+    regular expressions, which the daemon has."""
     if image.startswith("oci:") and len(image) > 4:
         return "oci:" + os.path.normpath(os.path.join(os.getcwd(), image[4:]))
     return image

@@ -1,31 +1,26 @@
-"""OCI image layouts as sources: a directory on this host, or one behind a plain web server.
+"""OCI image layouts as sources: what all kinds share, and those in a directory on this host.
 
-Format: image-spec image-layout.md. A directory is read with pread in threads, and never left: names are built
-from checked digests only, and no symbolic link is followed. Artifacts are attached by the referrers tag
-schema (an index named sha256-<hex>), as regclient and oras do.
+Format: image-spec image-layout.md. File names are built from checked digests only. Artifacts are attached by the
+referrers tag schema (an index named sha256-<hex>), as regclient and oras do.
 """
 
 from __future__ import annotations
 
 import abc
 import json
-import os
-import stat
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
-from lazyfs.core.oci import digests, documents
+from lazyfs.core.oci import digests, documents, referrers
 from lazyfs.core.oci.digests import DigestCheck
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, is_digest
-from lazyfs.errors import HostError, ImageError, NotFound, UserError
+from lazyfs.errors import ImageError, NotFound, UserError
+from lazyfs.sources.directory import Directory
 from lazyfs.sources.transfer import TransferCounters
-
-if TYPE_CHECKING:
-    pass
 
 READ_CHUNK_BYTES = 1 << 20
 MAX_LAYOUT_FILE_BYTES = 4096  # the oci-layout file holds one short object
@@ -61,7 +56,7 @@ class Layout(abc.ABC):
             listed = [d for d in index.manifests if d.digest == reference]
             return await self._by_digest(reference, listed[0] if listed else None)
         if not reference:
-            images = [d for d in index.manifests if not d.artifact_type and not _is_referrers_name(_name(d))]
+            images = [d for d in index.manifests if not d.artifact_type and not referrers.is_referrers_tag(_name(d))]
             if len({d.digest for d in images}) == 1:
                 return await self._by_digest(images[0].digest, images[0])
             if images and all(d.platform is not None for d in images):
@@ -77,17 +72,15 @@ class Layout(abc.ABC):
             if descriptor.size_bytes > documents.MAX_MANIFEST_BYTES:
                 raise ImageError(f"{self.what}: the manifest {digest} is too large")
             return await self.blob(digest, descriptor.size_bytes), descriptor.media_type
-        algorithm, value = digests.parse_digest(digest)
-        raw = await self._document(f"blobs/{algorithm}/{value}", documents.MAX_MANIFEST_BYTES)
+        raw = await self._document(blob_name(digest), documents.MAX_MANIFEST_BYTES)
         if not digests.digest_matches(raw, digest):
             raise ImageError(f"{self.what}: the manifest {digest} does not match its digest")
         return raw, documents.parse_manifest(raw, "").media_type
 
     async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
         """What was attached to a manifest, of one artifact type."""
-        digests.parse_digest(subject_digest)
         try:
-            raw, media_type = await self.manifest(subject_digest.replace(":", "-"))
+            raw, media_type = await self.manifest(referrers.referrers_tag(subject_digest))
         except NotFound:
             return []
         index = documents.parse_manifest(raw, media_type)
@@ -102,12 +95,8 @@ def _name(descriptor: Descriptor) -> str:
 def _names(descriptors: tuple[Descriptor, ...] | list[Descriptor]) -> str:
     names = (_name(d)[:80] for d in descriptors)
     return ", ".join(
-        [name for name in names if name.isprintable() and name and not _is_referrers_name(name)][:16]
+        [name for name in names if name.isprintable() and name and not referrers.is_referrers_tag(name)][:16]
     )
-
-
-def _is_referrers_name(name: str) -> bool:
-    return is_digest(name.replace("-", ":", 1))
 
 
 class DirectoryLayout(Layout):
@@ -116,68 +105,16 @@ class DirectoryLayout(Layout):
     def __init__(self, reference: DirectoryReference) -> None:
         self.what = f"oci:{reference.path}"
         self.counters = TransferCounters()
-        try:
-            self._dir = os.open(reference.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"{self.what}: cannot open the directory: {error.strerror}") from None
-        self._changing = trio.Lock()
+        self._directory = Directory(reference.path, self.what)
+        self._changing = trio.Lock()  # index.json
+        self._attaching = trio.Lock()
 
     async def aclose(self) -> None:
         """Close the directory."""
-        if self._dir >= 0:
-            os.close(self._dir)
-            self._dir = -1
-
-    def _open(self, name: str) -> int:
-        """Blocking. Open a regular file below the directory without following links, for reading."""
-        parts = name.split("/")
-        at = os.dup(self._dir)
-        try:
-            for part in parts[:-1]:
-                below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-                os.close(at)
-                at = below
-            # Non-blocking: a FIFO in the place of a blob must not hang us.
-            file = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
-        except FileNotFoundError:
-            raise NotFound(f"{self.what}: {name} is missing", "is it a whole OCI image layout?") from None
-        except OSError as error:
-            reason = error.strerror or "failed"
-            raise HostError(
-                f"{self.what}: cannot open {name}: {reason}", "symbolic links are not followed"
-            ) from None
-        finally:
-            os.close(at)
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            os.close(file)
-            raise ImageError(f"{self.what}: {name} is not a regular file")
-        return file
-
-    def _pread(self, name: str, start: int, end: int | None, max_bytes: int = 1 << 62) -> bytes:
-        """Blocking. The bytes [start, end) of a file, None = to its end."""
-        file = self._open(name)
-        try:
-            size = os.fstat(file).st_size
-            stop = size if end is None else end
-            if stop > size:
-                raise ImageError(f"{self.what}: {name} has {size} bytes, {stop} are needed")
-            if stop - start > max_bytes:
-                raise ImageError(f"{self.what}: {name} is larger than {max_bytes} bytes")
-            pieces: list[bytes] = []
-            while start < stop:
-                piece = os.pread(file, stop - start, start)
-                if not piece:
-                    raise ImageError(f"{self.what}: {name} became shorter while it was read")
-                pieces.append(piece)
-                start += len(piece)
-        except OSError as error:
-            raise HostError(f"{self.what}: cannot read {name}: {error.strerror}", "check the disk") from None
-        finally:
-            os.close(file)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._directory.close()
 
     async def _read(self, name: str, start: int, end: int | None, max_bytes: int = 1 << 62) -> bytes:
-        data = await trio.to_thread.run_sync(self._pread, name, start, end, max_bytes)
+        data = await trio.to_thread.run_sync(self._directory.read, name, start, end, max_bytes)
         self.counters.requests += 1
         self.counters.bytes_fetched += len(data)
         return data
@@ -218,40 +155,10 @@ class DirectoryLayout(Layout):
 
     # -- writing -----------------------------------------------------------------------------------------
 
-    def _write(self, name: str, data: bytes) -> None:
-        """Blocking. Publish a whole file: written beside its place, synced, then renamed."""
-        folder, _, last = name.rpartition("/")
-        at = os.dup(self._dir)
-        temporary = f".lazyfs-{os.urandom(8).hex()}"
-        try:
-            for part in folder.split("/") if folder else ():
-                with suppress(FileExistsError):
-                    os.mkdir(part, 0o755, dir_fd=at)
-                below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-                os.close(at)
-                at = below
-            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=at)
-            try:
-                with open(file, "wb") as stream:
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(file)
-                os.rename(temporary, last, src_dir_fd=at, dst_dir_fd=at)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary, dir_fd=at)
-                raise
-        except OSError as error:
-            raise HostError(
-                f"{self.what}: cannot write {name}: {error.strerror}", "check space and rights"
-            ) from None
-        finally:
-            os.close(at)
-
     async def push_blob(self, data: bytes) -> str:
         """Store a blob; returns its digest. Safe to repeat."""
         digest = await trio.to_thread.run_sync(digests.sha256_digest, data)
-        await trio.to_thread.run_sync(self._write, blob_name(digest), data)
+        await trio.to_thread.run_sync(self._directory.write, blob_name(digest), data)
         return digest
 
     async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> str:
@@ -271,32 +178,27 @@ class DirectoryLayout(Layout):
                 document = documents.load_json(raw, "index.json")
             except NotFound:
                 layout = json.dumps({"imageLayoutVersion": "1.0.0"}).encode()
-                await trio.to_thread.run_sync(self._write, "oci-layout", layout)
+                await trio.to_thread.run_sync(self._directory.write, "oci-layout", layout)
             name = _name(descriptor)
             document["manifests"] = [
                 item
                 for item in document["manifests"]
                 if (item.get("annotations") or {}).get(documents.REF_NAME) != name
             ] + [descriptor.to_json()]
-            await trio.to_thread.run_sync(self._write, "index.json", json.dumps(document, indent=1).encode())
+            await trio.to_thread.run_sync(self._directory.write, "index.json", json.dumps(document, indent=1).encode())
 
     async def attach(self, subject: Descriptor, manifest: bytes) -> str:
         """Store an artifact manifest whose subject is `subject`, and list it; returns its digest."""
-        parsed = documents.parse_manifest(manifest, documents.MEDIA_MANIFEST)
-        if parsed.subject is None or parsed.subject.digest != subject.digest:
-            raise ImageError(f"the manifest to attach does not refer to {subject.digest}")
-        digest = await self.push_blob(manifest)
-        own = Descriptor(
-            parsed.media_type, digest, len(manifest), parsed.annotations, artifact_type=parsed.artifact_type
-        )
-        name = subject.digest.replace(":", "-")
-        try:
-            raw: bytes | None = (await self.manifest(name))[0]
-        except NotFound:
-            raw = None
-        index = documents.add_to_index(raw, own)
-        await self.push_manifest(index, documents.MEDIA_INDEX, name)
-        return digest
+        own = referrers.listed_as(manifest, subject)
+        await self.push_blob(manifest)
+        name = referrers.referrers_tag(subject.digest)
+        async with self._attaching:
+            try:
+                raw: bytes | None = (await self.manifest(name))[0]
+            except NotFound:
+                raw = None
+            await self.push_manifest(referrers.add_to_index(raw, own), documents.MEDIA_INDEX, name)
+        return own.digest
 
 
 def blob_name(digest: str) -> str:

@@ -15,6 +15,7 @@ import trio
 from lazyfs.core.oci import digests, documents
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import RegistryReference, is_digest
+from lazyfs.core.oci.referrers import add_to_index, listed_as, referrers_tag
 from lazyfs.errors import ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.sources.blobs import fetch_blob, fetch_range, open_blob_stream
 from lazyfs.sources.http import HttpClient, Response, StreamResponse
@@ -94,7 +95,7 @@ class Registry:
 
         Both are asked at the same time: many registries know only one. RemoteError only if neither answers.
         """
-        algorithm, value = digests.parse_digest(subject_digest)
+        tag = referrers_tag(subject_digest)
         answers: list[list[Descriptor]] = []
         errors: list[LazyfsError] = []
 
@@ -108,7 +109,7 @@ class Registry:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask, lambda: self._from_api(subject_digest, artifact_type))
-            nursery.start_soon(ask, lambda: self._from_tag(f"{algorithm}-{value}"))
+            nursery.start_soon(ask, lambda: self._from_tag(tag))
         if not answers:
             raise errors[0]
         found = {d.digest: d for answer in answers for d in answer if d.artifact_type == artifact_type}
@@ -202,23 +203,18 @@ class Registry:
         If the registry does not keep track of subjects, the fallback tag is updated; a concurrent update by
         somebody else is noticed by reading it again. Its blobs must have been pushed.
         """
-        parsed = documents.parse_manifest(manifest, documents.MEDIA_MANIFEST)
-        if parsed.subject is None or parsed.subject.digest != subject.digest:
-            raise ImageError(f"the manifest to attach does not refer to {subject.digest}")
-        digest, answer = await self._put_manifest(manifest, parsed.media_type, None)
+        own = listed_as(manifest, subject)
+        digest, answer = await self._put_manifest(manifest, own.media_type, None)
         if "OCI-Subject" in answer.headers:
             return digest
-        own = Descriptor(
-            parsed.media_type, digest, len(manifest), parsed.annotations, artifact_type=parsed.artifact_type
-        )
-        tag = subject.digest.replace(":", "-")
+        tag = referrers_tag(subject.digest)
         for attempt in range(ATTACH_ROUNDS):
             raw, entries = await self._fallback_index(tag)
             if any(entry.digest == digest for entry in entries):
                 return digest
             if attempt:
                 await trio.sleep(self._http.retry.delay_s(attempt))
-            await self._put_manifest(documents.add_to_index(raw, own), documents.MEDIA_INDEX, tag)
+            await self._put_manifest(add_to_index(raw, own), documents.MEDIA_INDEX, tag)
         if any(entry.digest == digest for entry in (await self._fallback_index(tag))[1]):
             return digest
         raise RemoteError(f"{self._host}/{self._repository}:{tag} is being changed by others", "try again")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.oci import digests, documents, platforms
+from lazyfs.core.oci import digests, documents, platforms, referrers
 from lazyfs.core.oci.documents import Descriptor, ImageIndex, Manifest, Platform
 from lazyfs.core.oci.platforms import select_platform
 from lazyfs.errors import ImageError, UserError
@@ -285,11 +285,11 @@ def test_platform_names() -> None:
 def test_add_to_index() -> None:
     """Appending keeps what others wrote, and is idempotent."""
     own = Descriptor(documents.MEDIA_MANIFEST, OTHER, 7, {"a": "b"}, artifact_type="x/y")
-    first = documents.add_to_index(None, own)
-    assert documents.add_to_index(first, own) == first
+    first = referrers.add_to_index(None, own)
+    assert referrers.add_to_index(first, own) == first
     theirs = json.loads(first) | {"unknown": [1]}
     again = json.loads(
-        documents.add_to_index(json.dumps(theirs).encode(), Descriptor(documents.MEDIA_MANIFEST, DIGEST, 1))
+        referrers.add_to_index(json.dumps(theirs).encode(), Descriptor(documents.MEDIA_MANIFEST, DIGEST, 1))
     )
     assert again["unknown"] == [1] and [item["digest"] for item in again["manifests"]] == [OTHER, DIGEST]
     parsed = documents.parse_manifest(json.dumps(again).encode(), documents.MEDIA_INDEX)
@@ -300,7 +300,7 @@ def test_build_artifact() -> None:
     """What we attach is read back by our own parser."""
     subject = Descriptor(documents.MEDIA_MANIFEST, DIGEST, 3)
     layer = Descriptor("a/b", OTHER, 9)
-    artifact = documents.build_artifact("x/y", [layer], subject, {"k": "v"})
+    artifact = referrers.build_artifact("x/y", [layer], subject, {"k": "v"})
     parsed = documents.parse_manifest(artifact, documents.MEDIA_MANIFEST)
     assert isinstance(parsed, Manifest)
     assert (parsed.artifact_type, parsed.subject, parsed.layers) == ("x/y", subject, (layer,))

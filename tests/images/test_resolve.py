@@ -12,7 +12,8 @@ import trio
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import index_directory, keep_index
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
-from lazyfs.core.oci.documents import Descriptor, build_artifact
+from lazyfs.core.oci.documents import Descriptor
+from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
 from lazyfs.images.documents import Found, Missing, find_index
 from lazyfs.images.resolve import Resolved, resolve

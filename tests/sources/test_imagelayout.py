@@ -13,7 +13,7 @@ import pytest
 import trio
 import trustme
 
-from lazyfs.core.oci import documents, platforms
+from lazyfs.core.oci import documents, platforms, referrers
 from lazyfs.core.oci.documents import Descriptor, Manifest
 from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, UserError
@@ -120,14 +120,14 @@ async def test_attach(tmp_path: Path) -> None:
         assert await source.referrers(digest, TYPE) == []
         await source.push_blob(b"{}")
         attached = [
-            await source.attach(subject, documents.build_artifact(TYPE, [], subject, {"n": n}))
+            await source.attach(subject, referrers.build_artifact(TYPE, [], subject, {"n": n}))
             for n in ("1", "2", "2")
         ]
         assert [d.digest for d in await source.referrers(digest, TYPE)] == attached[:2]
         assert await source.referrers(digest, "a/b") == []
         await check_image(source, "")
         with pytest.raises(ImageError):
-            await source.attach(Descriptor(media_type, DIGEST, 1), documents.build_artifact(TYPE, [], subject, {}))
+            await source.attach(Descriptor(media_type, DIGEST, 1), referrers.build_artifact(TYPE, [], subject, {}))
 
 
 async def test_platforms_only(tmp_path: Path) -> None:

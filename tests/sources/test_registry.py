@@ -12,7 +12,7 @@ import pytest
 import trio
 import trustme
 
-from lazyfs.core.oci import documents
+from lazyfs.core.oci import documents, referrers
 from lazyfs.core.oci.documents import Descriptor, Manifest
 from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, NotFound, RemoteError
@@ -110,7 +110,7 @@ async def test_push_and_attach(server: RegistryServer) -> None:
         await registry.push_blob(b"{}")
         attached = []
         for number in range(2):
-            artifact = documents.build_artifact(TYPE, [Descriptor("a/b", layer, 5)], subject, {"n": str(number)})
+            artifact = referrers.build_artifact(TYPE, [Descriptor("a/b", layer, 5)], subject, {"n": str(number)})
             attached.append(await registry.attach(subject, artifact))
             assert await registry.attach(subject, artifact) == attached[-1]
         found = await registry.referrers(digest, TYPE)
@@ -129,7 +129,7 @@ async def test_attach_to_a_registry_that_tracks_subjects(server: RegistryServer,
     # nginx plays the API: its files are what such a registry would answer.
     place = tmp_path / "www/v2/demo/referrers" / subject
     place.parent.mkdir(parents=True)
-    place.write_bytes(documents.add_to_index(documents.add_to_index(None, wanted), other))
+    place.write_bytes(referrers.add_to_index(referrers.add_to_index(None, wanted), other))
     with StaticServer(tmp_path / "www", tmp_path) as web:
         async with open_registry(web.host) as registry:
             assert await registry.referrers(subject, TYPE) == [wanted]

@@ -271,7 +271,7 @@ async def test_upload_starts_again(proxy: FaultProxy) -> None:
 
 async def test_lost_update_of_the_fallback_tag(proxy: FaultProxy, server: RegistryServer) -> None:
     """If the tag does not hold our entry after the update, the update is done again."""
-    from lazyfs.core.oci import documents
+    from lazyfs.core.oci import referrers
     from lazyfs.core.oci.documents import Descriptor
 
     async with open_registry(proxy.host, "race") as registry:
@@ -281,7 +281,7 @@ async def test_lost_update_of_the_fallback_tag(proxy: FaultProxy, server: Regist
         subject = Descriptor(media_type, image, len(raw))
         # The first update is answered as if it had been stored; somebody else's won.
         proxy.rules = [Rule("status", status=201, method="PUT", path="manifests/sha256-")]
-        artifact = documents.build_artifact("a/b", [], subject, {})
+        artifact = referrers.build_artifact("a/b", [], subject, {})
         digest = await registry.attach(subject, artifact)
         assert [d.digest for d in await registry.referrers(image, "a/b")] == [digest]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from lazyfs.core.oci import documents
+from lazyfs.core.oci import documents, referrers
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.errors import RemoteError
 from lazyfs.sources.connections import Connections
@@ -187,7 +187,7 @@ async def test_a_login_is_for_its_registry(registry: RegistryServer, tmp_path_fa
 async def test_pages_of_referrers_elsewhere(elsewhere: FaultProxy, victim: FaultProxy) -> None:
     """What else refers to an image is asked of its repository only."""
     found = Descriptor(documents.MEDIA_MANIFEST, sha256_digest(b"x"), 1, artifact_type="a/b")
-    page = Rule("status", path="/referrers/", status=200, body=documents.add_to_index(None, found), times=None)
+    page = Rule("status", path="/referrers/", status=200, body=referrers.add_to_index(None, found), times=None)
     elsewhere.rules = [page]
     async with open_registry(REMOTE, insecure=True) as registry:
         for place in (f"{victim.url}/v2/demo/referrers/x", "/v2/other/referrers/x", "http://[x/"):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lazyfs.core.oci.digests import parse_digest, sha256_digest
+from lazyfs.core.oci.digests import parse_digest
 from lazyfs.errors import ImageError
 
 MEDIA_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -286,36 +286,3 @@ def parse_config(raw: bytes) -> ImageConfig:
         stop_signal=_text(run, "StopSignal", what),
         exposed_ports=tuple(_objects(run, "ExposedPorts", what)),
     )
-
-
-def build_artifact(
-    artifact_type: str, layers: Sequence[Descriptor], subject: Descriptor, annotations: dict[str, str]
-) -> bytes:
-    """An artifact manifest that refers to `subject` (manifest.md, "Guidelines for Artifact Usage").
-
-    Its config is the empty descriptor: the blob `b"{}"` must be pushed as well.
-    """
-    document: dict[str, Any] = {
-        "schemaVersion": 2,
-        "mediaType": MEDIA_MANIFEST,
-        "artifactType": artifact_type,
-        "config": Descriptor(MEDIA_EMPTY, sha256_digest(b"{}"), 2).to_json(),
-        "layers": [layer.to_json() for layer in layers],
-        "subject": Descriptor(subject.media_type, subject.digest, subject.size_bytes).to_json(),
-    }
-    if annotations:
-        document["annotations"] = annotations
-    return json.dumps(document, indent=1).encode()
-
-
-def add_to_index(raw: bytes | None, descriptor: Descriptor) -> bytes:
-    """The index `raw` (None = a new one) with `descriptor` appended, once; the rest of it stays as it is."""
-    if raw is None:
-        document: dict[str, Any] = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": []}
-    else:
-        parse_manifest(raw, MEDIA_INDEX)
-        document = load_json(raw, "the index")
-    if any(item["digest"] == descriptor.digest for item in document["manifests"]):
-        return raw or b""
-    document["manifests"].append(descriptor.to_json())
-    return json.dumps(document, indent=1).encode()

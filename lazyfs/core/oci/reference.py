@@ -7,7 +7,6 @@ containerd and podman share. `oci:` is skopeo's name for an OCI image layout dir
 
 from __future__ import annotations
 
-import posixpath
 import re
 from typing import NamedTuple
 
@@ -57,10 +56,6 @@ class DirectoryReference(NamedTuple):
     def selector(self) -> str:
         """What `Source.manifest()` takes."""
         return self.ref or ""
-
-    def absolute(self, working_dir: str) -> DirectoryReference:
-        """The same with an absolute path; needed before it is handed to another process."""
-        return self._replace(path=posixpath.normpath(posixpath.join(working_dir, self.path)))
 
     def __str__(self) -> str:
         return f"oci:{self.path}{_suffix(self.ref)}"

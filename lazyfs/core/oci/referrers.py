@@ -1,0 +1,79 @@
+"""Artifacts that refer to an image: manifests with a `subject`, and the index that lists them under a fallback tag.
+
+Formats: OCI image-spec manifest.md ("Guidelines for Artifact Usage"), distribution-spec "Referrers Tag Schema".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lazyfs.core.oci.digests import parse_digest, sha256_digest
+from lazyfs.core.oci.documents import (
+    MEDIA_EMPTY,
+    MEDIA_INDEX,
+    MEDIA_MANIFEST,
+    Descriptor,
+    load_json,
+    parse_manifest,
+)
+from lazyfs.errors import ImageError
+
+_REFERRERS_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
+
+
+def referrers_tag(subject_digest: str) -> str:
+    """The tag of the index that lists what refers to a manifest. ImageError: no digest."""
+    algorithm, value = parse_digest(subject_digest)
+    return f"{algorithm}-{value[:64]}"  # a tag has at most 128 characters, so the specification cuts sha512
+
+
+def is_referrers_tag(name: str) -> bool:
+    """Whether `name` is such a tag, and so that of no image."""
+    return _REFERRERS_TAG.fullmatch(name) is not None
+
+
+def listed_as(manifest: bytes, subject: Descriptor) -> Descriptor:
+    """How the artifact `manifest` is listed among what refers to `subject`. ImageError if it does not refer to it."""
+    parsed = parse_manifest(manifest, MEDIA_MANIFEST)
+    if parsed.subject is None or parsed.subject.digest != subject.digest:
+        raise ImageError(f"the manifest to attach does not refer to {subject.digest}")
+    digest = sha256_digest(manifest)
+    return Descriptor(
+        parsed.media_type, digest, len(manifest), parsed.annotations, artifact_type=parsed.artifact_type
+    )
+
+
+def build_artifact(
+    artifact_type: str, layers: Sequence[Descriptor], subject: Descriptor, annotations: dict[str, str]
+) -> bytes:
+    """An artifact manifest that refers to `subject` (manifest.md, "Guidelines for Artifact Usage").
+
+    Its config is the empty descriptor: the blob `b"{}"` must be pushed as well.
+    """
+    document: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": MEDIA_MANIFEST,
+        "artifactType": artifact_type,
+        "config": Descriptor(MEDIA_EMPTY, sha256_digest(b"{}"), 2).to_json(),
+        "layers": [layer.to_json() for layer in layers],
+        "subject": Descriptor(subject.media_type, subject.digest, subject.size_bytes).to_json(),
+    }
+    if annotations:
+        document["annotations"] = annotations
+    return json.dumps(document, indent=1).encode()
+
+
+def add_to_index(raw: bytes | None, descriptor: Descriptor) -> bytes:
+    """The index `raw` (None = a new one) with `descriptor` appended, once; the rest of it stays as it is."""
+    if raw is None:
+        document: dict[str, Any] = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": []}
+    else:
+        parse_manifest(raw, MEDIA_INDEX)
+        document = load_json(raw, "the index")
+    if any(item["digest"] == descriptor.digest for item in document["manifests"]):
+        return raw or b""
+    document["manifests"].append(descriptor.to_json())
+    return json.dumps(document, indent=1).encode()

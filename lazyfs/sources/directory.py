@@ -1,0 +1,116 @@
+"""A directory that is read and written by name, and never left: no symbolic link below it is followed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+
+from lazyfs.errors import HostError, ImageError, NotFound, UserError
+
+
+class Directory:
+    """All methods block and may be called from any thread; names are relative, with "/" between their parts, and come
+    from the caller. `what` names the directory in messages. `close()` it.
+
+    Reading raises NotFound (no such file), ImageError (not a regular file, or shorter than needed) and HostError.
+    """
+
+    def __init__(self, path: str, what: str) -> None:
+        """Raises UserError if it cannot be opened."""
+        self._what = what
+        try:
+            self._fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{what}: cannot open the directory: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, name: str, start: int = 0, end: int | None = None, max_bytes: int = 1 << 62) -> bytes:
+        """The bytes [start, end) of a file, None = to its end; ImageError if they are more than `max_bytes`."""
+        file = self._open(name)
+        try:
+            size = os.fstat(file).st_size
+            stop = size if end is None else end
+            if stop > size:
+                raise ImageError(f"{self._what}: {name} has {size} bytes, {stop} are needed")
+            if stop - start > max_bytes:
+                raise ImageError(f"{self._what}: {name} is larger than {max_bytes} bytes")
+            pieces: list[bytes] = []
+            while start < stop:
+                piece = os.pread(file, stop - start, start)
+                if not piece:
+                    raise ImageError(f"{self._what}: {name} became shorter while it was read")
+                pieces.append(piece)
+                start += len(piece)
+        except OSError as error:
+            raise HostError(f"{self._what}: cannot read {name}: {error.strerror}", "check the disk") from None
+        finally:
+            os.close(file)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Publishes a whole file: written beside its place, synced, then renamed. Folders are made. HostError: disk."""
+        folder, _, last = name.rpartition("/")
+        at = self._dup()
+        temporary = f".lazyfs-{os.urandom(8).hex()}"
+        try:
+            for part in folder.split("/") if folder else ():
+                with suppress(FileExistsError):
+                    os.mkdir(part, 0o755, dir_fd=at)
+                at = _enter(at, part)
+            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=at)
+            try:
+                with open(file, "wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(file)
+                os.rename(temporary, last, src_dir_fd=at, dst_dir_fd=at)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary, dir_fd=at)
+                raise
+        except OSError as error:
+            raise HostError(
+                f"{self._what}: cannot write {name}: {error.strerror}", "check space and rights"
+            ) from None
+        finally:
+            os.close(at)
+
+    def _open(self, name: str) -> int:
+        *folders, last = name.split("/")
+        at = self._dup()
+        try:
+            for part in folders:
+                at = _enter(at, part)
+            # Non-blocking: a FIFO in the place of a file must not hang us.
+            file = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+        except FileNotFoundError:
+            raise NotFound(f"{self._what}: {name} is missing", "was all of it copied?") from None
+        except OSError as error:
+            reason = error.strerror or "failed"
+            raise HostError(
+                f"{self._what}: cannot open {name}: {reason}", "symbolic links are not followed"
+            ) from None
+        finally:
+            os.close(at)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise ImageError(f"{self._what}: {name} is not a regular file")
+        return file
+
+    def _dup(self) -> int:
+        if self._fd < 0:
+            raise HostError(f"{self._what} has been closed", "open it again")
+        return os.dup(self._fd)
+
+
+def _enter(at: int, name: str) -> int:
+    """The directory `name` in `at`, which is closed; on OSError it stays open."""
+    below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    os.close(at)
+    return below
