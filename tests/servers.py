@@ -30,6 +30,7 @@ from pathlib import Path
 
 import trustme
 
+from lazyfs.core.oci.digests import Digest
 from tests.faultproxy import FaultKind, FaultProxy, LoggedRequest, Rule
 from tests.tokenserver import TokenServer
 
@@ -50,9 +51,9 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
-def sha256_digest(data: bytes) -> str:
+def sha256_digest(data: bytes) -> Digest:
     """The digest "sha256:<hex>" of `data`."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    return Digest("sha256:" + hashlib.sha256(data).hexdigest())
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -210,7 +211,7 @@ class RegistryServer:
             response = connection.getresponse()
             return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
 
-    def put_blob(self, repository: str, data: bytes) -> str:
+    def put_blob(self, repository: str, data: bytes) -> Digest:
         """Store a blob; returns its digest."""
         digest = sha256_digest(data)
         status, headers, _ = self.request("POST", f"/v2/{repository}/blobs/uploads/")
@@ -223,7 +224,7 @@ class RegistryServer:
 
     def put_manifest(
         self, repository: str, data: bytes, media_type: str = MANIFEST, tag: str | None = None
-    ) -> str:
+    ) -> Digest:
         """Store a manifest under its digest or `tag`; returns its digest."""
         digest = sha256_digest(data)
         path = f"/v2/{repository}/manifests/{tag or digest}"
@@ -240,7 +241,7 @@ class RegistryServer:
         diff_ids: Sequence[str] = (),
         media_type: str = LAYER_GZIP,
         config: dict[str, object] | None = None,
-    ) -> str:
+    ) -> Digest:
         """Store an image of the given layer blobs; returns the manifest's digest.
 
         `diff_ids` defaults to the digests of the blobs (right for uncompressed layers only). `config` gives

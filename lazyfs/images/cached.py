@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 
 from lazyfs.core.oci.digests import digest_matches, parse_digest
-from lazyfs.core.oci.documents import ImageConfig, Manifest, parse_config, parse_manifest
+from lazyfs.core.oci.documents import MAX_CONFIG_BYTES, ImageConfig, Manifest, parse_config, parse_manifest
 from lazyfs.errors import HostError, ImageError
-
-_MAX_DOCUMENT_BYTES = 8 << 20
 
 
 def cached_config(cache: str, manifest_digest: str) -> ImageConfig:
@@ -26,7 +24,7 @@ def cached_config(cache: str, manifest_digest: str) -> ImageConfig:
 def _read_verified(path: str, digest: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            content = file.read(_MAX_DOCUMENT_BYTES + 1)
+            content = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise HostError(
             f"cannot read {path}: {error.strerror}", "mount again; if it stays so, `lazyfs cache verify`"

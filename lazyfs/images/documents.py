@@ -11,13 +11,11 @@ from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import index_directory, keep_index, read_file
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, MAX_INDEX_BYTES, WINDOWS_MEDIA_TYPE, Index
-from lazyfs.core.oci.documents import Descriptor, Manifest, parse_config, parse_manifest
+from lazyfs.core.oci.documents import MAX_CONFIG_BYTES, Descriptor, Manifest, parse_config, parse_manifest
 from lazyfs.core.oci.reference import is_digest
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.images.resolve import Resolved
 from lazyfs.sources.source import Source
-
-_MAX_CONFIG_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +43,8 @@ async def load_config(cache: BlockCache, resolved: Resolved) -> bytes:
     kept = read_file(path)
     if kept is not None and "sha256:" + hashlib.sha256(kept).hexdigest() == wanted.digest:
         return kept
-    if wanted.size_bytes > _MAX_CONFIG_BYTES:
-        raise ImageError(f"the image config is larger than {_MAX_CONFIG_BYTES >> 20} MiB")
+    if wanted.size_bytes > MAX_CONFIG_BYTES:
+        raise ImageError(f"the image config is larger than {MAX_CONFIG_BYTES >> 20} MiB")
     raw = await resolved.source.blob(wanted.digest, wanted.size_bytes)
     parse_config(raw)
     cache.write_atomically(path, raw)

@@ -21,7 +21,7 @@ import trio
 
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import index_directory, make_index_directory, read_file
-from lazyfs.core.oci.documents import Manifest, parse_manifest
+from lazyfs.core.oci.documents import MAX_INDEX_DEPTH, Manifest, parse_manifest
 from lazyfs.core.oci.platforms import host_platform, select_platform
 from lazyfs.core.oci.reference import Reference, is_digest, parse_reference
 from lazyfs.errors import ImageError, UserError
@@ -84,7 +84,7 @@ async def resolve(
 
 async def _ask(source: Source, reference: Reference, platform: str) -> tuple[str, bytes]:
     name = reference.selector
-    for _ in range(4):  # image indexes may nest; real ones are one deep
+    for _ in range(MAX_INDEX_DEPTH):
         raw, media_type = await source.manifest(name)
         parsed = parse_manifest(raw, media_type)
         if isinstance(parsed, Manifest):

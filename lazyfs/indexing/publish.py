@@ -9,7 +9,7 @@ import functools
 import os
 
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
-from lazyfs.core.oci.digests import sha256_digest
+from lazyfs.core.oci.digests import Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.core.oci.referrers import build_artifact
@@ -30,7 +30,7 @@ async def attach_index(source: Source, resolved: Resolved, built: BuiltIndex) ->
     # At once: each push takes several round trips.
     await together(*(functools.partial(source.push_blob, data) for data in (empty, *(data for _, data in blobs))))
     layers = [Descriptor(media_type, sha256_digest(data), len(data)) for media_type, data in blobs]
-    subject = Descriptor(resolved.manifest.media_type, resolved.manifest_digest, len(resolved.manifest_bytes))
+    subject = Descriptor(resolved.manifest.media_type, Digest(resolved.manifest_digest), len(resolved.manifest_bytes))
     return await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
 
 

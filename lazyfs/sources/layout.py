@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from lazyfs.core.oci import digests, documents, referrers
-from lazyfs.core.oci.digests import DigestCheck
+from lazyfs.core.oci.digests import Digest, DigestCheck
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, is_digest
 from lazyfs.errors import ImageError, NotFound, UserError
@@ -54,7 +54,7 @@ class Layout(abc.ABC):
         assert isinstance(index, documents.ImageIndex)
         if is_digest(reference):
             listed = [d for d in index.manifests if d.digest == reference]
-            return await self._by_digest(reference, listed[0] if listed else None)
+            return await self._by_digest(Digest(reference), listed[0] if listed else None)
         if not reference:
             images = [d for d in index.manifests if not d.artifact_type and not referrers.is_referrers_tag(_name(d))]
             if len({d.digest for d in images}) == 1:
@@ -67,7 +67,7 @@ class Layout(abc.ABC):
                 return await self._by_digest(descriptor.digest, descriptor)
         raise NotFound(f"{self.what} has no image named {reference}", f"it has: {_names(index.manifests)}")
 
-    async def _by_digest(self, digest: str, descriptor: Descriptor | None) -> tuple[bytes, str]:
+    async def _by_digest(self, digest: Digest, descriptor: Descriptor | None) -> tuple[bytes, str]:
         if descriptor is not None:
             if descriptor.size_bytes > documents.MAX_MANIFEST_BYTES:
                 raise ImageError(f"{self.what}: the manifest {digest} is too large")
@@ -155,13 +155,13 @@ class DirectoryLayout(Layout):
 
     # -- writing -----------------------------------------------------------------------------------------
 
-    async def push_blob(self, data: bytes) -> str:
+    async def push_blob(self, data: bytes) -> Digest:
         """Store a blob; returns its digest. Safe to repeat."""
         digest = await trio.to_thread.run_sync(digests.sha256_digest, data)
         await trio.to_thread.run_sync(self._directory.write, blob_name(digest), data)
         return digest
 
-    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> str:
+    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> Digest:
         """Store a manifest, listed in index.json if `reference` is a name; returns its digest."""
         digest = await self.push_blob(data)
         if reference is not None and not is_digest(reference):
@@ -187,7 +187,7 @@ class DirectoryLayout(Layout):
             ] + [descriptor.to_json()]
             await trio.to_thread.run_sync(self._directory.write, "index.json", json.dumps(document, indent=1).encode())
 
-    async def attach(self, subject: Descriptor, manifest: bytes) -> str:
+    async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Store an artifact manifest whose subject is `subject`, and list it; returns its digest."""
         own = referrers.listed_as(manifest, subject)
         await self.push_blob(manifest)

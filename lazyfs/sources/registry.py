@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 import trio
 
 from lazyfs.core.oci import digests, documents
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import RegistryReference, is_digest
 from lazyfs.core.oci.referrers import add_to_index, listed_as, referrers_tag
@@ -152,7 +153,7 @@ class Registry:
 
     # -- push --------------------------------------------------------------------------------------------
 
-    async def push_blob(self, data: bytes) -> str:
+    async def push_blob(self, data: bytes) -> Digest:
         """Store a blob, unless it is there; returns its digest. Safe to repeat."""
         digest = await trio.to_thread.run_sync(digests.sha256_digest, data)
         if (await self._call("HEAD", f"blobs/{digest}", actions=PUSH)).status == 200:
@@ -170,7 +171,7 @@ class Registry:
             self.counters.retries += 1
             await trio.sleep(self._http.retry.delay_s(attempt))
 
-    async def _upload(self, digest: str, data: bytes) -> None:
+    async def _upload(self, digest: Digest, data: bytes) -> None:
         """One upload in two requests (POST then PUT, the form every registry takes)."""
         begun = await self._call("POST", "blobs/uploads/", actions=PUSH, content=b"")
         if begun.status != 202 or "Location" not in begun.headers:
@@ -183,13 +184,13 @@ class Registry:
             # 404 and 416: the session is gone, or has bytes of a broken attempt.
             raise self._unexpected(done, f"the upload of {digest}", temporary=done.status in (404, 416))
 
-    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> str:
+    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> Digest:
         """Store a manifest under a tag, or its digest if `reference` is None; returns the digest."""
         return (await self._put_manifest(data, media_type, reference))[0]
 
     async def _put_manifest(
         self, data: bytes, media_type: str, reference: str | None
-    ) -> tuple[str, Response]:
+    ) -> tuple[Digest, Response]:
         digest = digests.sha256_digest(data)
         path = f"manifests/{reference or digest}"
         answer = await self._call("PUT", path, {"Content-Type": media_type}, actions=PUSH, content=data)
@@ -197,7 +198,7 @@ class Registry:
             raise self._unexpected(answer, f"the manifest {reference or digest}")
         return digest, answer
 
-    async def attach(self, subject: Descriptor, manifest: bytes) -> str:
+    async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Push an artifact manifest whose subject is `subject`; returns its digest.
 
         If the registry does not keep track of subjects, the fallback tag is updated; a concurrent update by

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, Reference, RegistryReference
 from lazyfs.sources.access import Access
@@ -41,13 +42,13 @@ class Source(Protocol):
     async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
         """What was attached to a manifest, of one artifact type."""
 
-    async def push_blob(self, data: bytes) -> str:
+    async def push_blob(self, data: bytes) -> Digest:
         """Store a blob unless it is there; returns its digest."""
 
-    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> str:
+    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> Digest:
         """Store a manifest under a tag or its digest; returns its digest."""
 
-    async def attach(self, subject: Descriptor, manifest: bytes) -> str:
+    async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Store an artifact manifest whose subject is `subject`, findable by `referrers()`."""
 
     async def aclose(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import WebReference
 from lazyfs.errors import NotFound, RemoteError, UserError
@@ -55,15 +56,15 @@ class WebLayout(Layout):
 
         return open_blob_stream(self._http, _WebPlace(self, digest), digest, size_bytes)
 
-    async def push_blob(self, data: bytes) -> str:
+    async def push_blob(self, data: bytes) -> Digest:
         """UserError: web layouts are read-only."""
         raise self._read_only()
 
-    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> str:
+    async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> Digest:
         """UserError: web layouts are read-only."""
         raise self._read_only()
 
-    async def attach(self, subject: Descriptor, manifest: bytes) -> str:
+    async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """UserError: web layouts are read-only."""
         raise self._read_only()
 

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.core.oci import digests, documents, platforms, referrers
+from lazyfs.core.oci.digests import DiffId, Digest
 from lazyfs.core.oci.documents import Descriptor, ImageIndex, Manifest, Platform
 from lazyfs.core.oci.platforms import select_platform
 from lazyfs.errors import ImageError, UserError
 from lazyfs.sources import challenges
 
-DIGEST = "sha256:" + "0" * 64
-OTHER = "sha256:" + "1" * 64
+DIGEST = Digest("sha256:" + "0" * 64)
+OTHER = Digest("sha256:" + "1" * 64)
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
@@ -208,7 +209,7 @@ def test_config() -> None:
         "rootfs": {"type": "layers", "diff_ids": [DIGEST]},
     }
     config = documents.parse_config(json.dumps(document).encode())
-    assert (config.os, config.architecture, config.diff_ids) == ("linux", "amd64", (DIGEST,))
+    assert (config.os, config.architecture, config.diff_ids) == ("linux", "amd64", (DiffId(DIGEST),))
     assert (config.env, config.entrypoint, config.cmd) == (("A=b",), ("/x",), ())
     assert (config.user, config.working_dir, config.stop_signal) == ("1:2", "/w", "SIGINT")
     assert (config.labels, config.volumes, config.exposed_ports) == ({"l": "1"}, ("/v",), ("80/tcp",))

@@ -12,6 +12,7 @@ import trio
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import index_directory, keep_index
 from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
@@ -115,7 +116,7 @@ async def attach(
     layers = [Descriptor(media_type, await source.push_blob(tables), len(tables))]
     if windows is not None:
         layers.append(Descriptor(WINDOWS_MEDIA_TYPE, await source.push_blob(windows), len(windows)))
-    subject = Descriptor(found.manifest.media_type, found.manifest_digest, len(found.manifest_bytes))
+    subject = Descriptor(found.manifest.media_type, Digest(found.manifest_digest), len(found.manifest_bytes))
     await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
 
 

@@ -14,6 +14,7 @@ import trio
 import trustme
 
 from lazyfs.core.oci import documents, platforms, referrers
+from lazyfs.core.oci.digests import DiffId, Digest
 from lazyfs.core.oci.documents import Descriptor, Manifest
 from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, UserError
@@ -49,10 +50,10 @@ def pulled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "oci"
 
 
-async def make(path: Path, *tags: str) -> str:
+async def make(path: Path, *tags: str) -> Digest:
     """A layout written by ourselves, with one image per tag; returns the last one's digest."""
     os.makedirs(path, exist_ok=True)
-    digest = ""
+    digest = Digest("")
     async with opened(f"oci:{path}") as source:
         layer = await source.push_blob(BLOB)
         for tag in tags:
@@ -74,7 +75,7 @@ async def check_image(source: Source, selector: str) -> None:
     assert isinstance(manifest, Manifest)
     assert (await source.manifest(sha256_digest(raw)))[0] == raw
     config = await source.blob(manifest.config.digest, manifest.config.size_bytes)
-    assert documents.parse_config(config).diff_ids == (DIGEST,)
+    assert documents.parse_config(config).diff_ids == (DiffId(DIGEST),)
     for start, end in ((0, 1), (5, 70_000), (len(BLOB) - 1, len(BLOB)), (0, len(BLOB)), (9, 9)):
         assert await source.blob_range(DIGEST, start, end) == BLOB[start:end]
     async with source.blob_stream(DIGEST, len(BLOB)) as pieces:

@@ -13,6 +13,7 @@ import trio
 import trustme
 
 from lazyfs.core.oci import documents, referrers
+from lazyfs.core.oci.digests import DiffId
 from lazyfs.core.oci.documents import Descriptor, Manifest
 from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, NotFound, RemoteError
@@ -45,7 +46,7 @@ async def test_pull(server: RegistryServer) -> None:
         assert isinstance(manifest, Manifest)
         assert await registry.manifest(sha256_digest(raw)) == (raw, media_type)
         config = await registry.blob(manifest.config.digest, manifest.config.size_bytes)
-        assert documents.parse_config(config).diff_ids == (DIGEST,)
+        assert documents.parse_config(config).diff_ids == (DiffId(DIGEST),)
         for start, end in ((0, 1), (5, 70_000), (len(BLOB) - 1, len(BLOB)), (0, len(BLOB)), (9, 9)):
             assert await registry.blob_range(DIGEST, start, end) == BLOB[start:end]
         assert await read_stream(registry, DIGEST, len(BLOB)) == BLOB

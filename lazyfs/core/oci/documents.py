@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lazyfs.core.oci.digests import parse_digest
+from lazyfs.core.oci.digests import DiffId, Digest, checked_digest
 from lazyfs.errors import ImageError
 
 MEDIA_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -54,7 +54,7 @@ class Descriptor(NamedTuple):
     """A pointer to a blob. `size_bytes` is of the blob as stored (compressed)."""
 
     media_type: str
-    digest: str
+    digest: Digest
     size_bytes: int
     annotations: Mapping[str, str] = MappingProxyType({})
     platform: Platform | None = None
@@ -101,7 +101,7 @@ class ImageConfig(NamedTuple):
     os: str
     architecture: str
     variant: str
-    diff_ids: tuple[str, ...]
+    diff_ids: tuple[DiffId, ...]
     env: tuple[str, ...]
     entrypoint: tuple[str, ...]
     cmd: tuple[str, ...]
@@ -197,8 +197,7 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
     if not isinstance(value, dict):
         raise ImageError(f"{what}: a descriptor is not an object")
     media_type = _media_type(_text(value, "mediaType", what), what)
-    digest = _text(value, "digest", what)
-    parse_digest(digest)
+    digest = checked_digest(_text(value, "digest", what))
     size = value.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BLOB_BYTES:
         raise ImageError(f"{what}: the size of {digest} is not a number of bytes")
@@ -268,14 +267,12 @@ def parse_config(raw: bytes) -> ImageConfig:
     diff_ids = _texts(rootfs, "diff_ids", what)
     if len(diff_ids) > MAX_LAYERS:
         raise ImageError(f"{what}: more than {MAX_LAYERS} layers")
-    for diff_id in diff_ids:
-        parse_digest(diff_id)
     run = _objects(document, "config", what)
     return ImageConfig(
         os=_text(document, "os", what),
         architecture=_text(document, "architecture", what),
         variant=_text(document, "variant", what),
-        diff_ids=diff_ids,
+        diff_ids=tuple(DiffId(checked_digest(text)) for text in diff_ids),
         env=_texts(run, "Env", what),
         entrypoint=_texts(run, "Entrypoint", what),
         cmd=_texts(run, "Cmd", what),
