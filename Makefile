@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench hellobench hellobench-quick clean
+.PHONY: help setup demo test lint bench bench-against hellobench hellobench-quick clean
 
 ## help: list the targets
 help:
@@ -35,6 +35,10 @@ lint: setup
 ## bench: measure the README's table; writes benchmarks/results
 bench: setup
 	$(PYTHON) -m benchmarks.table $(ARGS)
+
+## bench-against: this build against another checkout's, side by side: make bench-against BEFORE=DIR
+bench-against: setup
+	$(PYTHON) -m benchmarks.against $(BEFORE) $(ARGS)
 
 ## hellobench: how soon containers of all workloads are useful, against containerd and umoci (hours; see benchmarks/README.md)
 hellobench: setup

@@ -27,7 +27,8 @@ DAEMON_REST_S = 4.0  # it imports what its first mount needs when it has been id
 class Lazyfs:
     """The command with one cache directory, given by the same option everywhere."""
 
-    def __init__(self, cache: Path, backend: str = "kernel") -> None:
+    def __init__(self, cache: Path, backend: str = "kernel", program: Path = PROGRAM) -> None:
+        self.program = program
         self.cache = cache
         self.backend = backend
         cache.mkdir(mode=0o700, exist_ok=True)
@@ -39,7 +40,7 @@ class Lazyfs:
         """Seconds from the command to a root whose directory can be read."""
         target.mkdir(exist_ok=True)
         started = time.perf_counter()
-        run(PROGRAM, "mount", "-o", self.options(*options), image, target)
+        run(self.program, "mount", "-o", self.options(*options), image, target)
         os.listdir(target)
         return time.perf_counter() - started
 
@@ -54,7 +55,7 @@ class Lazyfs:
     @contextlib.contextmanager
     def daemon(self, rest_s: float = DAEMON_REST_S) -> Iterator[None]:
         """With the cache's daemon running, as a service manager runs it, and at rest after `rest_s` seconds."""
-        command = [str(PROGRAM), "daemon", "--cache", str(self.cache), "--linger", str(DAEMON_LINGER_S)]
+        command = [str(self.program), "daemon", "--cache", str(self.cache), "--linger", str(DAEMON_LINGER_S)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             self._wait_for_answer(process)
@@ -65,7 +66,7 @@ class Lazyfs:
             process.wait(DAEMON_END_DEADLINE_S)
 
     def _wait_for_answer(self, process: subprocess.Popen[bytes]) -> None:
-        ping = [str(PROGRAM), "daemon", "--ping", "--cache", str(self.cache)]
+        ping = [str(self.program), "daemon", "--ping", "--cache", str(self.cache)]
         deadline = time.monotonic() + DAEMON_READY_DEADLINE_S
         while subprocess.run(ping, capture_output=True, timeout=DAEMON_READY_DEADLINE_S).returncode != 0:
             if process.poll() is not None or time.monotonic() > deadline:
@@ -73,16 +74,16 @@ class Lazyfs:
             time.sleep(0.05)
 
     def umount(self, target: Path) -> None:
-        run(PROGRAM, "umount", target)
+        run(self.program, "umount", target)
 
     def stats(self, target: Path) -> dict[str, Any]:
         """The daemon's counters: bytes_fetched, requests, memory_bytes and so on."""
-        counters: dict[str, Any] = json.loads(run(PROGRAM, "stats", "--json", target))
+        counters: dict[str, Any] = json.loads(run(self.program, "stats", "--json", target))
         return counters
 
     def run_container(self, image: str, *command: str) -> str:
         """Standard output of a command in a new container that is removed afterwards."""
-        return run(PROGRAM, "run", "--rm", "-o", self.options(), image, *command)
+        return run(self.program, "run", "--rm", "-o", self.options(), image, *command)
 
     def daemons(self) -> dict[int, str]:
         """The processes that serve this cache, with their command lines."""
@@ -126,10 +127,10 @@ class Lazyfs:
         return total
 
 
-def index(image: str, cache: Path, *options: str) -> tuple[float, float]:
+def index(image: str, cache: Path, *options: str, program: Path = PROGRAM) -> tuple[float, float]:
     """Builds the index of an image from its registry and attaches it there. Returns the seconds that building
     took, as the command reports them, and those of the whole command. It keeps a copy in `cache`, which should
     not be one that a mount is measured with."""
     started = time.perf_counter()
-    report = json.loads(run(PROGRAM, "index", "-o", ",".join([f"cache={cache}", *options]), image, "--push", "--json"))
+    report = json.loads(run(program, "index", "-o", ",".join([f"cache={cache}", *options]), image, "--push", "--json"))
     return float(report["seconds"]), time.perf_counter() - started

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.command import PROGRAM, Lazyfs
+from benchmarks.command import Lazyfs
 from benchmarks.host import run, timed
 
 # What a script of some size imports; and what a network client does, which loads OpenSSL and SQLite, too.
@@ -30,7 +30,7 @@ def start(bundle: Path) -> float:
 @contextlib.contextmanager
 def lazy_bundle(lazyfs: Lazyfs, reference: str, bundle: Path) -> Iterator[Path]:
     """A bundle by `lazyfs bundle`, its root mounted."""
-    run(PROGRAM, "bundle", "-o", lazyfs.options(), reference, bundle, *PYTHON_START)
+    run(lazyfs.program, "bundle", "-o", lazyfs.options(), reference, bundle, *PYTHON_START)
     try:
         yield bundle
     finally:

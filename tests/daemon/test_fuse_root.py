@@ -355,8 +355,7 @@ def test_what_prevents_a_mount_is_said(tmp_path: Path, target: Path, serve: Serv
         serve(directory).ask(target=str(directory / "data-0"))
     with pytest.raises(RemoteError, match="no such image"):
         serve(directory).ask("gone")
-    missing = {"needs_index": True, "manifest_digest": "sha256:" + 64 * "1", "reasons": []}
-    assert serve(directory).ask("no-index") == missing
+    assert serve(directory).ask("no-index")["manifest_digest"] == "sha256:" + 64 * "1"
     with pytest.raises(HostError, match="cannot do 'ping'"):
         serve(directory).ask(op="ping")
     namespace = directory / "namespace.erofs"
