@@ -5,25 +5,24 @@
     <cache>/indexes/<manifest digest>/  see serving/store.py
     <cache>/scans/<digest of a blob>/   see scans.py
     <cache>/refs/                       see images/resolve.py
+    <cache>/uppers/                     see uppers.py
     <cache>/tmp/                        what is being made, and what was set aside
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 
 from lazyfs.cache.layer import CachedLayer, allocate
+from lazyfs.cache.locks import lock_shared
+from lazyfs.cache.places import REMOVED
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.errors import HostError, ImageError
 
 _VERSION = b"1\n"
-# Names in tmp/ that nobody needs any more begin so.
-REMOVED = "removed-"
 _CREATE_TRIES = 16
 
 
@@ -161,41 +160,3 @@ class BlockCache:
     def content_roots(self) -> list[str]:
         """Content roots of all layers that have an entry."""
         return sorted(name for name in os.listdir(os.path.join(self.path, "layers")) if len(name) == 64)
-
-
-def lock_shared(fd: int, lock_path: str) -> bool:
-    """Takes an entry's lock file, open as `fd`, as one of its users, and notes the time of use.
-
-    False if the entry was removed between open and lock: then the name leads elsewhere, or nowhere.
-    """
-    fcntl.flock(fd, fcntl.LOCK_SH)
-    if not _still_named(fd, lock_path):
-        return False
-    os.utime(fd)
-    return True
-
-
-def _still_named(fd: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-@contextlib.contextmanager
-def exclusive(lock_path: str) -> Iterator[bool]:
-    """Whether nobody holds the lock file; while the context lasts nobody can take it. Missing file: False."""
-    try:
-        fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = _still_named(fd, lock_path)
-        except BlockingIOError:
-            locked = False
-        yield locked
-    finally:
-        os.close(fd)

@@ -1,8 +1,8 @@
 """What the cache holds, and making room in it. Only what no mount uses is ever removed.
 
-An entry is in use while anybody holds its lock file shared (cache/directory.py). Removing takes the lock exclusively,
-renames the entry out of the way, then deletes: killed anywhere, this leaves a whole entry or rubbish in tmp/,
-which the next run sweeps.
+An entry is in use while anybody holds its lock file shared (locks.py; for upper directories see uppers.py). Removing
+takes the lock exclusively, renames the entry out of the way, then deletes: killed anywhere, this leaves a whole entry
+or rubbish in tmp/, which the next run sweeps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import shutil
 import time
 from dataclasses import dataclass
 
-from lazyfs.cache.directory import REMOVED, BlockCache, exclusive
+from lazyfs.cache import uppers
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.locks import exclusive
+from lazyfs.cache.places import REMOVED
 from lazyfs.core.oci.reference import is_digest
 from lazyfs.errors import LazyfsError
 
@@ -23,10 +26,11 @@ _RUBBISH_AGE_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A layer, the index directory of an image, or the scan of a layer. Times are seconds since the epoch."""
+    """A layer, the index directory of an image, the scan of a layer, or an upper directory. Times are seconds since the
+    epoch."""
 
-    kind: str  # "layer", "image" or "scan"
-    name: str  # content root, manifest digest or digest of the layer's blob, 64 hex digits
+    kind: str  # "layer", "image", "scan" or "upper"
+    name: str  # content root, manifest digest or digest of the layer's blob, 64 hex digits; a random one of an upper
     path: str
     size_bytes: int  # on disk, holes not counted
     used_at_s: float
@@ -46,11 +50,18 @@ def entries(cache: BlockCache) -> list[Entry]:
                 with exclusive(lock) as free:
                     in_use = not free and os.path.exists(lock)
                 found.append(Entry(kind, name, path, _disk_bytes(path), used_at_s, in_use))
+    for upper in uppers.records(cache.path):
+        size_bytes = _disk_bytes(upper.path)
+        found.append(
+            Entry("upper", os.path.basename(upper.path), upper.path, size_bytes, upper.made_at_s, upper.held)
+        )
     return sorted(found, key=lambda entry: entry.used_at_s)
 
 
 def remove(cache: BlockCache, entry: Entry) -> bool:
     """Removes one entry unless somebody uses it; says whether it is gone."""
+    if entry.kind == "upper":
+        return uppers.remove(cache.path, entry.path)
     lock = os.path.join(entry.path, "lock")
     if os.path.exists(lock):
         with exclusive(lock) as free:
@@ -75,14 +86,14 @@ def collect(cache: BlockCache, max_bytes: int) -> tuple[int, int]:
     """Removes least recently used entries until the cache is at most `max_bytes`; 0 removes all unused ones.
 
     Returns bytes freed and bytes left. Also sweeps what interrupted runs left in tmp/, and references to
-    images that are gone.
+    images that are gone. Upper directories that nobody holds go in any case: no mount will use them again.
     """
     _sweep(cache)
     listed = entries(cache)
     total = sum(entry.size_bytes for entry in listed)
     freed = 0
-    for entry in listed:
-        if max_bytes and total - freed <= max_bytes:
+    for entry in sorted(listed, key=lambda entry: entry.kind != "upper"):
+        if entry.kind != "upper" and max_bytes and total - freed <= max_bytes:
             break
         if not entry.in_use and remove(cache, entry):
             freed += entry.size_bytes

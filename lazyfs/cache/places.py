@@ -6,6 +6,9 @@ import os
 
 from lazyfs.system.private import check_private, make_private
 
+# Names in <cache>/tmp that nobody needs any more begin so.
+REMOVED = "removed-"
+
 
 def default_cache() -> str:
     if os.geteuid() == 0:
@@ -18,12 +21,4 @@ def cache_directory(chosen: str | None = None) -> str:
     path = os.path.realpath(chosen or default_cache())
     make_private(path, parents=True)
     check_private(path, "cache directory", "choose another with -o cache=DIR", writable_only=True)
-    return path
-
-
-def uppers_directory(cache: str) -> str:
-    """Where upper directories of ``rw`` mounts without ``upperdir=`` lie: ``<here>/<random>/{upper,work}``.
-    On the cache's disk, and below a directory only its owner may enter (set-id files: CVE-2021-41103)."""
-    path = os.path.join(cache, "uppers")
-    make_private(path)
     return path

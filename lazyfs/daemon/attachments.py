@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
 
-from lazyfs.cache import places
+from lazyfs.cache.uppers import HeldUppers, sweep
 from lazyfs.control import messages
 from lazyfs.control.messages import Request
 from lazyfs.control.server import ControlStream, serve
@@ -26,16 +25,12 @@ class Attachments:
         self.dev = dev
         self.cache = cache
         self._reports: dict[tuple[tuple[int, int], str], bool] = {}  # whether this namespace shows it
-        self._uppers: set[str] = set()
+        self._uppers = HeldUppers(cache)
 
     def add(self, report: messages.Attached) -> None:
         """Raises UserError for an upper directory that is not the cache's: it would be removed in the end."""
         if report.ephemeral_upper is not None:
-            if os.path.realpath(os.path.dirname(report.ephemeral_upper)) != os.path.realpath(
-                places.uppers_directory(self.cache)
-            ):
-                raise UserError(f"{report.ephemeral_upper} is not an upper directory of the cache")
-            self._uppers.add(report.ephemeral_upper)
+            self._uppers.hold(report.ephemeral_upper)
         place = (report.dev, report.target)
         self._reports[place] = place in _visible()
 
@@ -54,11 +49,11 @@ class Attachments:
     def describe(self) -> list[dict[str, Any]]:
         return [{"dev": messages.format_dev(dev), "target": target} for dev, target in self.places()]
 
-    def discard_uppers(self) -> None:
-        """Removes the ephemeral upper directories. Only once the connection has ended: an overlay that was
-        unmounted lazily may live on unseen, but not longer than what it lies on."""
-        while self._uppers:
-            shutil.rmtree(self._uppers.pop(), ignore_errors=True)
+    def let_go_of_uppers(self) -> None:
+        """Gives up the upper directories, and removes what nobody holds. Only once the connection has ended: an overlay
+        that was unmounted lazily may live on unseen."""
+        self._uppers.release_all()
+        sweep(self.cache)
 
 
 def _visible() -> set[tuple[tuple[int, int], str]]:

@@ -220,7 +220,7 @@ class _Session:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(unmount_lazily, dev, attachments.places())
                 close()
-                await trio.to_thread.run_sync(attachments.discard_uppers)
+                await trio.to_thread.run_sync(attachments.let_go_of_uppers)
 
     async def _introduce(self, dev: tuple[int, int], attachments: Attachments) -> None:
         """The client's part: tells it that the mount is usable and hears where it was attached."""

@@ -11,11 +11,11 @@ FUSE connection.
 
 from __future__ import annotations
 
-from lazyfs.cache.uppers import remove_upper
 from lazyfs.system import startup
 
 # isort: split
 
+import contextlib
 import functools
 import logging
 import os
@@ -36,6 +36,7 @@ from lazyfs.daemon.devices import Awake, Sleeper
 from lazyfs.daemon.keeper import parse_arguments
 from lazyfs.daemon.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
 from lazyfs.daemon.roots import Released, Remembered, Root, hold_name, is_shown, load_state, root_entry, save_state
+from lazyfs.daemon.stale import StaleUppers
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, Unsupported, UserError
 from lazyfs.fuse import tuning
 from lazyfs.fuse.devices import Device, DeviceServer, node_of
@@ -82,7 +83,7 @@ class Daemon:
         self._nodes: dict[int, Awake] = {}
         self._released: dict[int, Released] = {}
         self._opening = trio.Lock()
-        self._uppers: list[str] = []  # ephemeral upper directories whose overlay has gone
+        self.uppers = StaleUppers(cache.path)
         self._clients = 0
 
     # -- devices, for the FUSE server (reader threads) ---------------------------------------------------
@@ -268,6 +269,7 @@ class Daemon:
         return link
 
     def _attach(self, root: Root, attached: Attached) -> None:
+        self.uppers.hold(attached.ephemeral_upper)
         root.targets.append(attached)
         self._save()
 
@@ -307,6 +309,9 @@ class Daemon:
             for one in old.as_released():
                 self._released.setdefault(node_of(one.content_root), one)
             return
+        for target in old.targets:
+            with contextlib.suppress(UserError):
+                self.uppers.hold(target.ephemeral_upper)
         root = Root(image, old.access, old.timeout_s, _dev_of(mount_fd), old.direct, old.targets)
         self.roots[image.manifest_digest] = root
 
@@ -376,16 +381,13 @@ class Daemon:
             for target in [target for target in root.targets if not is_shown(target, seen.get(target.dev, []))]:
                 root.targets.remove(target)
                 changed = True
-                if target.ephemeral_upper is not None:
-                    self._uppers.append(target.ephemeral_upper)
+                self.uppers.let_go(target.ephemeral_upper)
             alive = root.dev in seen or root.targets or root.pending
             root.idle_since = None if alive else root.idle_since or trio.current_time()
         if changed:
             self._save()
 
     async def _let_go_of_idle(self) -> None:
-        while self._uppers:
-            await trio.to_thread.run_sync(remove_upper, self._uppers.pop(), self.store.cache.path)
         now = trio.current_time()
         for root in list(self.roots.values()):
             if root.idle_since is None and not root.targets and not root.pending:
@@ -439,8 +441,11 @@ async def run(cache_path: str, runtime: str, linger_s: float) -> int:
             nursery.start_soon(serve, socket.socket(fileno=os.dup(link.listen_fd)), daemon.handle)
             nursery.start_soon(daemon.watch)
             nursery.start_soon(daemon.settle)
+            nursery.start_soon(daemon.uppers.run)
         try:
             ended = await server.run()
+            if ended:
+                await daemon.uppers.finish()
         finally:
             await daemon.store.aclose()
         nursery.cancel_scope.cancel()

@@ -41,7 +41,7 @@ def finish(job: MountRequest, root: Acquired, namespace: str | None) -> Mounted:
         if job.options.writable:
             from lazyfs.mounting import overlay
 
-            upper = overlay.prepare_upper(job.options, job.cache, root.fd)
+            upper = overlay.prepare_upper(job.options, job.cache, root.fd, *_identity(job, root))
             top_fd = overlay.overlay(root.fd, upper, _attributes(job.options))
         else:
             mount_setattr(root.fd, _attributes(job.options))
@@ -49,30 +49,38 @@ def finish(job: MountRequest, root: Acquired, namespace: str | None) -> Mounted:
         if namespace is not None:
             enter_mount_namespace(namespace)
             target = check_target(target)
-        mounted = _mounted(job, root, target, dev_of(top_fd), upper.ephemeral if upper else None)
+        mounted = _mounted(job, root, target, dev_of(top_fd), upper.ephemeral_path if upper else None)
         _attach(top_fd, mounted, job.on_attached)
         try:
             _report(job, root, mounted)
         except BaseException:
             umount2(target, MNT_DETACH)
             raise
+        if upper is not None:
+            upper.close()
         return mounted
     except BaseException:
         if top_fd != root.fd:
             os.close(top_fd)
             top_fd = root.fd
         if upper is not None:
-            overlay.discard(upper)
+            upper.discard()
         raise
     finally:
         if top_fd != root.fd:
             os.close(top_fd)
 
 
+def _identity(job: MountRequest, root: Acquired) -> tuple[str, str]:
+    """The image's canonical reference, and its manifest digest."""
+    return str(root.reply.get("image") or job.image), str(root.reply.get("manifest_digest") or "")
+
+
 def _mounted(job: MountRequest, root: Acquired, target: str, dev: tuple[int, int], ephemeral: str | None) -> Mounted:
+    image, manifest_digest = _identity(job, root)
     return Mounted(
-        image=str(root.reply.get("image") or job.image),
-        manifest_digest=str(root.reply.get("manifest_digest") or ""),
+        image=image,
+        manifest_digest=manifest_digest,
         target=target,
         backend=root.backend,
         joined=root.joined,

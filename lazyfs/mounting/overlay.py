@@ -6,7 +6,7 @@ import errno
 import os
 from typing import NamedTuple
 
-from lazyfs.cache import places
+from lazyfs.cache import uppers
 from lazyfs.errors import HostError, UserError
 from lazyfs.mounting.options import MountOptions
 from lazyfs.system.detached import overlay_mount_detached
@@ -19,32 +19,44 @@ _PLAIN_OPTIONS = ("index=off",)
 
 
 class Upper(NamedTuple):
-    """An upper directory and its work directory, on one file system. `ephemeral`: their parent, which is to
-    be removed when the mount has gone; None: the user's own."""
+    """An upper directory and its work directory, on one file system. `ephemeral`: their record in the cache, which ends
+    with the mount; None: they are the user's own."""
 
     upper: str
     work: str
-    ephemeral: str | None
+    ephemeral: uppers.Upper | None
+
+    @property
+    def ephemeral_path(self) -> str | None:
+        return self.ephemeral.path if self.ephemeral is not None else None
+
+    def close(self) -> None:
+        """The mount is there, and its daemon knows of it."""
+        if self.ephemeral is not None:
+            self.ephemeral.close()
+
+    def discard(self) -> None:
+        """There will be no mount. An ephemeral one is removed; nothing happens to the user's own."""
+        if self.ephemeral is not None:
+            self.ephemeral.discard()
 
 
-def prepare_upper(options: MountOptions, cache: str, lower_fd: int) -> Upper:
+def prepare_upper(options: MountOptions, cache: str, lower_fd: int, image: str, manifest_digest: str) -> Upper:
     """The upper directory that `options` name, or a new one below `cache`. An empty one takes over the owner,
     mode, times and attributes of the root of `lower_fd`, because overlayfs shows those of the upper root.
     Raises UserError, HostError."""
     if options.upperdir is None:
-        ephemeral = os.path.join(places.uppers_directory(cache), os.urandom(8).hex())
-        result = Upper(os.path.join(ephemeral, "upper"), os.path.join(ephemeral, "work"), ephemeral)
+        made: uppers.Upper | None = None
         try:
-            os.mkdir(ephemeral, 0o700)
-            os.mkdir(result.upper, 0o700)
-            os.mkdir(result.work, 0o700)
-            _take_over_root(lower_fd, result.upper)
+            made = uppers.make(cache, image, manifest_digest)
+            _take_over_root(lower_fd, made.upper)
         except OSError as error:
-            discard(result)
+            if made is not None:
+                made.discard()
             raise HostError(
                 f"cannot make an upper directory below {cache}: {error.strerror}", "give one with upperdir="
             ) from None
-        return result
+        return Upper(made.upper, made.work, made)
     work = options.workdir or f"{options.upperdir.rstrip('/')}.work"
     result = Upper(options.upperdir, work, None)
     try:
@@ -97,11 +109,3 @@ def overlay(lower_fd: int, upper: Upper, attributes: int) -> int:
                 f"no overlay can be made with {upper.upper}: {error.message}",
                 "its file system must support overlayfs: use a local one (ext4, xfs, btrfs, tmpfs)",
             ) from None
-
-
-def discard(upper: Upper) -> None:
-    """Removes an ephemeral upper directory; nothing happens to the user's own."""
-    if upper.ephemeral is not None:
-        import shutil
-
-        shutil.rmtree(upper.ephemeral, ignore_errors=True)

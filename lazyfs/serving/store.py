@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import trio
 
-from lazyfs.cache.directory import BlockCache, lock_shared
+from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import index_directory, make_index_directory, read_file
+from lazyfs.cache.locks import lock_shared
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.blob import Index
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable

@@ -19,8 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lazyfs.cache.directory import BlockCache, exclusive
+from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.fill import LayerFill
+from lazyfs.cache.locks import exclusive
 from lazyfs.core.layer.blocks import BLOCK_BYTES
 from lazyfs.errors import HostError, ImageError
 from tests.cache.cachelayers import TestLayer, entry, make_layer, small_disk

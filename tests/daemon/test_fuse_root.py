@@ -23,9 +23,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lazyfs.control import client, messages
+from lazyfs.control import client
 from lazyfs.core.erofs.reader import ErofsReader
-from lazyfs.daemon.attachments import Attachments
 from lazyfs.errors import HostError, ImageError, RemoteError, UserError
 from lazyfs.fuse.root import RootOperations, may_have_acls
 from lazyfs.system.mountinfo import mounts
@@ -403,13 +402,6 @@ def test_ephemeral_uppers_go_with_the_mount_and_only_those_of_the_cache(tmp_path
     subprocess.run(["umount", str(served.target)], check=True)
     assert served.end() == 0
     assert not upper.exists() and (tmp_path / "image").exists()
-
-
-def test_reports_from_elsewhere_stay_listed(tmp_path: Path) -> None:
-    attachments = Attachments((0, 1), str(tmp_path))
-    attachments.add(messages.Attached((0, 2), "/in/another/namespace"))
-    assert attachments.describe() == [{"dev": "0:2", "target": "/in/another/namespace"}]
-    assert attachments.has((0, 1)) and attachments.has((0, 2)) and not attachments.has((0, 3))
 
 
 class _Zeros:
