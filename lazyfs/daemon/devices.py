@@ -13,7 +13,8 @@ import trio
 from lazyfs.cache.layer import LayerClosed
 from lazyfs.daemon.roots import Released
 from lazyfs.errors import RemoteError
-from lazyfs.fuse.devices import Device, node_of
+from lazyfs.fuse.device import Device
+from lazyfs.fuse.devices import node_of
 from lazyfs.serving.device import LayerHandle
 
 

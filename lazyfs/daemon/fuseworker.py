@@ -36,7 +36,8 @@ from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.daemon.attachments import Attachments, ControlServer
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.fuse import tuning
-from lazyfs.fuse.root import MAX_TASKS, LayerData, RootOperations, may_have_acls
+from lazyfs.fuse.device import LayerData
+from lazyfs.fuse.root import MAX_TASKS, RootOperations, may_have_acls
 from lazyfs.fuse.session import close, mount, serve_requests, unmount_lazily
 from lazyfs.images.documents import Missing
 

@@ -39,7 +39,8 @@ from lazyfs.daemon.roots import Released, Remembered, Root, hold_name, is_shown,
 from lazyfs.daemon.stale import StaleUppers
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, Unsupported, UserError
 from lazyfs.fuse import tuning
-from lazyfs.fuse.devices import Device, DeviceServer, node_of
+from lazyfs.fuse.device import Device
+from lazyfs.fuse.devices import DeviceServer, node_of
 from lazyfs.images.documents import Missing
 from lazyfs.serving.device import LayerHandle
 from lazyfs.serving.image import Image

@@ -1,30 +1,20 @@
 """The layer devices as a flat FUSE directory: one read-only file per layer, named by its content root.
 
-Stateless: a node id follows from the content root, OPEN is answered "not needed", so any process that holds
-the connection's descriptor can go on where another one died. Requests that were read and not answered are
-asked for again (FUSE_NOTIFY_RESEND), and answering one twice is harmless.
+Stateless: a node id follows from the content root, and OPEN is answered "not needed". So any process that holds
+the connection's descriptor can go on where another one died: FUSE_NOTIFY_RESEND makes the kernel repeat requests
+that were read and not answered, and answering one twice is harmless.
 
-One read: a reader thread takes the request from the kernel, and if all its blocks are cached, answers at
-once. Else a trio task fetches and answers. Never a short answer before the end of the device: the bytes,
-or EIO.
+One read: a reader thread takes the request from the kernel and answers at once if all its blocks are cached. If
+not, a trio task fetches and answers. An answer is never short before the end of the device: the bytes, or EIO.
 
-Measured on 2 cores, 500 MB, page cache of the EROFS file dropped, data file cached (GB/s sequential in reads
-of 1 MiB; time of one 4 KiB random read, by one process):
+Readers block in read(2): polling first makes a 4 KiB read slower (29 for 23 us). There are two, so that a slow
+cache lookup does not hold up the other reads; a third makes both slower. Rejected (docs/MEASUREMENTS.md, "fuse"):
 
-    blocking read(2), 1 / 2 / 3 threads     3.5 / 3.8 / 3.4 GB/s    23 / 24 / 22 us
-    poll + non-blocking read, 1 / 2 / 3     3.4 / 3.5 / 3.4 GB/s    29 / 33 / 32 us
-    one thread polls at a time, 1 / 2 / 3   3.5 / 3.4 / 2.8 GB/s    23 / 33 / 32 us
-    blocking, without FUSE_ASYNC_DIO, 1     2.4 GB/s                25 us
-    this class, blocking, 1 / 2 / 3         3.0 / 3.4 / 2.2 GB/s    24 / 24 / 23 us
-    this class, polling, 1 / 2 / 3          3.2 / 3.1 / 2.1 GB/s    26 / 28 / 38 us
-    128 pages a READ: pread+writev 1 / 2 threads 2.4 / 2.4, splice 2.8 / 2.9, mmap+writev 2.8 / 3.1 GB/s
-
-So: blocking, and two threads, so that a cache lookup that takes long does not hold up the other. splice gains
-little, needs a pipe that holds request + header (not 1 MiB: an unprivileged pipe is that big at most), and
-would send bytes other than those that were verified. mmap gains as little, and a process killed in a page
-fault within writev(2) makes the kernel end that request with EIO; bytes that are in memory are not lost so.
-The connection is never cloned (FUSE_DEV_IOC_CLONE): requests read through a clone die with its last
-descriptor, and so with the process.
+- splice gains little, needs a pipe that holds request and header (an unprivileged pipe holds 1 MiB at most), and
+  would send bytes other than those that were verified.
+- mmap gains as little, and if a process is killed in a page fault within writev(2), the kernel ends that request
+  with EIO; with bytes in memory it is repeated.
+- FUSE_DEV_IOC_CLONE: requests read through a clone die with its last descriptor, and so with the process.
 """
 
 from __future__ import annotations
@@ -36,7 +26,6 @@ import os
 import select
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -45,54 +34,39 @@ import trio
 
 from lazyfs.errors import HostError
 from lazyfs.fuse import wire
+from lazyfs.fuse.device import Device
+from lazyfs.fuse.repeats import RepeatFilter
 
 READERS = 2
-MAX_TASKS = wire.MAX_BACKGROUND  # fetches that wait at a time; the rest is queued
+MAX_TASKS = wire.MAX_BACKGROUND  # fetches in flight at a time; further ones are queued
 NAME_CHARACTERS = 64  # sha256 in hex
 _NODE_BIT = 1 << 60
 _HEX = frozenset(b"0123456789abcdef")
-_SAME_MESSAGE_AGAIN_S = 10.0
+_LOG_PAUSE_S = 10.0  # the same failure is logged once in this time
 
 _READ, _LOOKUP, _GETATTR = wire.READ, wire.LOOKUP, wire.GETATTR
-_UNANSWERED = frozenset((wire.FORGET, wire.BATCH_FORGET, wire.INTERRUPT))  # these take no answer
-
-
-class Device(Protocol):
-    """One layer's data."""
-
-    @property
-    def content_root(self) -> str: ...
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    def read_cached(self, address: int, size: int) -> bytes | memoryview | None:
-        """Called in reader threads: exactly `size` verified bytes, which need last only until this thread's next
-        call, or None if they must be fetched."""
-
-    async def read(self, address: int, size: int) -> bytes:
-        """Called in trio tasks: exactly `size` bytes, before a deadline of its own."""
+_UNANSWERED = frozenset((wire.FORGET, wire.BATCH_FORGET, wire.INTERRUPT))  # the kernel takes no answer to these
 
 
 class Devices(Protocol):
-    """All layers. Called in reader threads; may read the disk, not the network."""
+    """All layers. Called in reader threads: may read the disk, not the network."""
 
     def by_name(self, content_root: bytes) -> Device | None:
         """`content_root`: 64 lower-case hex digits."""
 
     def by_node(self, nodeid: int) -> Device | None:
-        """As `node_of`. After a restart this must find every device that is mounted."""
+        """The device whose `node_of` this is. After a restart it must find every device that is mounted."""
 
     def names(self) -> Sequence[str]: ...
 
 
 def node_of(content_root: str | bytes) -> int:
-    """The node id of a layer: the first 60 bits of its content root, and bit 60: it is never 0 or 1."""
+    """The node id of a layer: the first 60 bits of its content root, and bit 60, so that it is never 0 or 1."""
     return int(content_root[:15], 16) | _NODE_BIT
 
 
 def _generation(content_root: str) -> int:
-    """The next 60 bits, so that the kernel tells two devices of one node id apart."""
+    """The next 60 bits: by them the kernel tells two devices of one node id apart."""
     return int(content_root[15:30], 16)
 
 
@@ -103,8 +77,8 @@ def _log_to_stderr(text: str) -> None:
 class DeviceServer:
     """Answers the requests of one FUSE connection. `run` it once; `stop` or `drain` end it.
 
-    `mount_fd` (a descriptor of the FUSE mount) lets `stop` wake readers; without it, they poll, which is
-    slower. `fuse_fd` and `mount_fd` stay the caller's.
+    `stop` wakes readers through `mount_fd`, a descriptor of the FUSE mount; without it readers poll, which is slower.
+    The caller keeps ownership of `fuse_fd` and `mount_fd`.
     """
 
     def __init__(
@@ -123,10 +97,10 @@ class DeviceServer:
         self._reader_count = readers
         self._max_tasks = max_tasks
         self._log = log
-        self._last_message = ("", -math.inf)
+        self._failures = RepeatFilter(_LOG_PAUSE_S)
         self._stopping = False
         self._stop_fd = -1
-        self._lock = threading.Lock()  # guards _readers_left, _stop_fd, _last_message
+        self._lock = threading.Lock()  # guards _readers_left, _stop_fd
         self._readers_left = 0
         self._ended = False  # ENODEV: the mount is gone
         self._failure: BaseException | None = None
@@ -141,10 +115,10 @@ class DeviceServer:
     # -- life ------------------------------------------------------------------------------------------
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> bool:
-        """Serves until the mount is gone (True), or until stopped and all that was read is answered (False).
+        """Serves until the mount is gone (True), or until it is stopped and has answered all that it read (False).
 
-        Cancelled, it leaves requests unanswered, for the next process. Raises HostError if the connection
-        fails otherwise.
+        When cancelled, it leaves requests unanswered for the next process. Raises HostError if the connection fails
+        in another way.
         """
         self._token = trio.lowlevel.current_trio_token()
         os.set_blocking(self._fuse_fd, self._mount_fd is not None)
@@ -162,7 +136,7 @@ class DeviceServer:
             async with trio.open_nursery() as self._nursery:
                 self._readers_left = self._reader_count
                 for number in range(self._reader_count):
-                    # daemon: a process that ends does not wait for a read that nobody answers
+                    # daemon: the process can end while a thread waits for a read that nobody answers
                     threading.Thread(target=self._reader, name=f"fuse-{number}", daemon=True).start()
                 task_status.started()
                 await self._readers_gone.wait()
@@ -178,13 +152,13 @@ class DeviceServer:
         return self._ended
 
     def stop(self) -> None:
-        """Makes readers stop after the request they have. From any thread, any number of times."""
+        """Makes each reader stop after its current request. May be called from any thread, any number of times."""
         self._stopping = True
         self._wake()
 
     async def drain(self, limit_s: float = math.inf) -> None:
-        """Stops, and returns when everything that was read is answered. What is not after `limit_s` seconds
-        is left for the next process."""
+        """Stops, and returns when every request that was read is answered. After `limit_s` seconds the rest is left to
+        the next process."""
         self.stop()
         with trio.move_on_after(limit_s):
             await self._finished.wait()
@@ -194,7 +168,7 @@ class DeviceServer:
             await self._finished.wait()
 
     def release_mount(self) -> None:
-        """From now on `mount_fd` is not used, so the caller may close it when this returns; readers poll."""
+        """Stops using `mount_fd`, so the caller may close it when this returns. From then on readers poll."""
         if self._mount_fd is None:
             return
         path_fd = os.dup(self._mount_fd)
@@ -213,15 +187,15 @@ class DeviceServer:
             self._wake_blocked(path_fd)
 
     def _wake_blocked(self, path_fd: int) -> None:
-        """Each statfs is a request, so it wakes one reader that is blocked in read(2), without signals. The
-        last one may be answered only by the next process: nobody waits for this thread."""
+        """Wakes readers that block in read(2), without signals: each statfs is a request and wakes one. Nobody waits
+        for this thread, since perhaps only the next process answers the last request."""
 
         def knock() -> None:
             try:
                 for _ in range(self._reader_count):
                     os.statvfs(path_fd)
             except OSError:
-                pass  # the mount is gone: that wakes everybody
+                pass  # the mount is gone, which wakes all readers
             finally:
                 os.close(path_fd)
 
@@ -267,7 +241,7 @@ class DeviceServer:
                 poller.poll()
                 continue
             except OSError as error:
-                # ENOENT: the request was withdrawn while we read it
+                # ENOENT: the kernel withdrew the request while we read it
                 if error.errno in (errno.ENOENT, errno.EINTR):
                     continue
                 raise
@@ -295,7 +269,7 @@ class DeviceServer:
         elif opcode in (wire.DESTROY, wire.RELEASE, wire.RELEASEDIR, wire.FLUSH):
             wire.reply(self._fuse_fd, unique)
         else:
-            # OPEN and OPENDIR among them: the kernel then opens without asking and keeps its cache
+            # ENOSYS to OPEN and OPENDIR: the kernel opens without asking from then on, and keeps its cache
             wire.reply_error(self._fuse_fd, unique, errno.ENOSYS)
 
     def _read(self, unique: int, nodeid: int, buffer: bytearray) -> None:
@@ -304,7 +278,7 @@ class DeviceServer:
         if device is None:
             raise HostError(f"no layer for node {nodeid:#x}", "its cache directory is gone")
         size = min(size, device.size_bytes - address)
-        if size <= 0:  # at or behind the end, as of any file
+        if size <= 0:  # at or behind the end: empty, as for any file
             wire.reply(self._fuse_fd, unique)
             return
         data_bytes = device.read_cached(address, size)
@@ -313,10 +287,8 @@ class DeviceServer:
         else:
             self._send(unique, device, address, size, data_bytes)
 
-    def _send(
-        self, unique: int, device: Device, address: int, size: int, data_bytes: bytes | memoryview
-    ) -> None:
-        if len(data_bytes) != size:  # never short: the kernel would take zeros for the rest
+    def _send(self, unique: int, device: Device, address: int, size: int, data_bytes: bytes | memoryview) -> None:
+        if len(data_bytes) != size:  # never short: the kernel would fill the rest with zeros
             where = f"layer {device.content_root}, address {address}"
             raise HostError(f"{where}: {len(data_bytes)} bytes instead of {size}")
         wire.reply(self._fuse_fd, unique, data_bytes)
@@ -331,7 +303,7 @@ class DeviceServer:
         nodeid = node_of(device.content_root)
         owner = self._files.by_node(nodeid)
         if owner is None or owner.content_root != device.content_root:
-            # Somebody searched 2**30 layers for two that begin alike. One would be served as the other.
+            # Somebody made 2**30 layers to find two that begin alike. We would serve one as the other.
             raise HostError(f"layer {device.content_root} has the node id of another one")
         attributes = self._attributes(nodeid, device.size_bytes)
         entry_bytes = wire.entry_out(nodeid, _generation(device.content_root), attributes)
@@ -369,19 +341,14 @@ class DeviceServer:
         """EIO to the reader, the reason to the log."""
         wire.reply_error(self._fuse_fd, unique, errno.EIO)
         text = f"read failed: {error or type(error).__name__}"
-        now = time.monotonic()
-        with self._lock:
-            message, when = self._last_message
-            if message == text and now - when < _SAME_MESSAGE_AGAIN_S:
-                return
-            self._last_message = (text, now)
-        with contextlib.suppress(OSError):  # a full log disk stops no reads
-            self._log(text)
+        if self._failures.is_new(text):
+            with contextlib.suppress(OSError):  # a full log disk stops no reads
+                self._log(text)
 
     # -- trio tasks ------------------------------------------------------------------------------------
 
     def _soon(self, function: Callable[..., object], *arguments: object) -> None:
-        """Runs a function in the trio thread; nothing if that is gone, then the next process is asked."""
+        """Runs a function in the trio thread. Does nothing if that is gone: the kernel asks the next process."""
         assert self._token is not None
         try:
             self._token.run_sync_soon(function, *arguments)
@@ -398,7 +365,7 @@ class DeviceServer:
             self._waiting.append(request)
 
     async def _fetch(self, request: tuple[int, Device, int, int]) -> None:
-        """Answers a request, and then further ones as long as some wait."""
+        """Answers a request, then further ones while any wait."""
         while True:
             unique, device, address, size = request
             try:

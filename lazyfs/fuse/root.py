@@ -1,12 +1,12 @@
 """The whole root of an image through FUSE, for hosts where EROFS cannot be mounted.
 
-Strategy: an image is immutable, so the kernel may keep everything it was told for as long as it likes, and
-the handlers need no state. A FUSE node id is made of the EROFS nid; hard links share an inode because
-they share a nid; FORGET means nothing. Only open directories have state: where their listing stands.
+An image is immutable, so the kernel may keep all answers for ever, and the handlers need no state. A FUSE node id
+is the EROFS nid plus 2; hard links share an inode because they share a nid; FORGET means nothing. Only open
+directories have state: the position of their listing.
 
-Metadata comes from the namespace file (`ErofsReader`) and never awaits anything. A read is answered at once
-from the cache, otherwise it waits for the fetch; it gives the bytes or EIO, never less. Nothing but FUSEError
-leaves a handler: pyfuse3 would let anything else end the process, and with it the mount.
+Metadata comes from the namespace file (`ErofsReader`) and never awaits anything. A read is answered from the cache
+at once, or after its fetch: with the bytes or EIO, never less. Only FUSEError leaves a handler: any other exception
+would end pyfuse3's loop, and with it the process and the mount.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import errno
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -28,6 +27,8 @@ from lazyfs.core.erofs.format import BLOCK_BYTES, NAME_MAX
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.tar.reader import Kind
 from lazyfs.errors import HostError, ImageError, LazyfsError
+from lazyfs.fuse.device import LayerData
+from lazyfs.fuse.repeats import RepeatFilter
 
 if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, StatvfsData
@@ -36,36 +37,22 @@ log = logging.getLogger(__name__)
 
 FOREVER_S = 1e9  # 31 years: kernel time-outs of names and attributes, which never change
 
-# Each waiting read pins one task of pyfuse3, which stops answering *everything* when all `max_tasks` are
-# pinned. 200 waiting ones make no difference to the 31 MB of the process. Beyond MAX_WAITING a read fails at
-# once instead of freezing the mount; the kernel's limit on background reads (tuning.py) is far lower.
+# Each waiting read occupies one task of pyfuse3, which stops answering *everything* when all `max_tasks` are
+# occupied. Beyond MAX_WAITING a read therefore fails at once instead of freezing the mount; the kernel's limit on
+# background reads (tuning.py) is far lower.
 MAX_TASKS = 4096
 MAX_WAITING = MAX_TASKS - 256
 
-_MAX_KNOWN_FILES = 65536  # places of opened files that are remembered; about 200 bytes each
+_MAX_KNOWN_FILES = 65536  # remembered places of opened files, about 200 bytes each
 _LOG_PAUSE_S = 5.0  # the same failure is logged once in this time
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-class LayerData(Protocol):
-    """What a read needs of a layer: its linear address space of decoded file data."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    def read_cached(self, address: int, size_bytes: int, /) -> bytes | memoryview | None:
-        """Exactly these bytes if all are present and verified, else None. No network, does not block long. They
-        need last only until the next call: pyfuse3 answers the kernel before any other task runs."""
-
-    async def read(self, address: int, size_bytes: int, /) -> bytes:
-        """Exactly these bytes, fetched if need be. Raises LazyfsError before its own deadline."""
-
-
 @dataclass(slots=True)
 class RootCounters:
-    """What happened since the mount; `waiting` is the number of reads that wait just now."""
+    """Counts since the mount; `waiting` is the number of reads that wait now."""
 
     lookups: int = 0
     opens: int = 0
@@ -90,8 +77,8 @@ class _File:
 
 
 class _Listing:
-    """An open directory: an iterator over its entries, and where it stands. The offset cookie of an entry is
-    its number, which never changes, so seekdir and a later reader find the same place."""
+    """An open directory: an iterator over its entries, and its position. The offset cookie of an entry is its
+    number, which never changes, so seekdir and a later reader find the same place."""
 
     __slots__ = ("_entries", "_last", "_nid", "_position", "_reader")
 
@@ -106,8 +93,8 @@ class _Listing:
         self._last: tuple[bytes, int, int] | None = None  # the one before it
 
     def entry(self, number: int) -> tuple[bytes, int, int] | None:
-        """Entry `number`; None behind the last one. Cheap in ascending order and for the one asked for last
-        (it did not fit into the reply); going back further means reading the directory again up to there."""
+        """Entry `number`; None behind the last one. Ascending order is cheap, and so is the last entry again (it did
+        not fit into the reply); going back further reads the directory again up to there."""
         if number < self._position - 1:
             self._rewind()
         while self._position <= number:
@@ -121,8 +108,8 @@ class _Listing:
 def _guarded(
     handler: Callable[Concatenate[RootOperations, _P], Coroutine[Any, Any, _R]],
 ) -> Callable[Concatenate[RootOperations, _P], Coroutine[Any, Any, _R]]:
-    """Lets only FUSEError out of a handler: what was expected to go wrong becomes EIO and a line in the log,
-    a bug EIO and a traceback there."""
+    """Lets only FUSEError out of a handler. Our own errors become EIO and a line in the log, a bug EIO and a
+    traceback there."""
 
     async def guarded(self: RootOperations, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
@@ -139,7 +126,7 @@ def _guarded(
 class RootOperations(pyfuse3.Operations):
     """pyfuse3's request handlers over one namespace and the layers in the order of its device table.
 
-    `layers` stay the caller's. Raises ImageError if they do not fit the namespace. For one trio thread.
+    The caller keeps ownership of `layers`. Raises ImageError if they do not fit the namespace. For one trio thread.
     """
 
     supports_dot_lookup = False  # only NFS export needs it
@@ -157,9 +144,9 @@ class RootOperations(pyfuse3.Operations):
         self._files: dict[int, _File] = {}
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
-        self._logged: dict[str, float] = {}
+        self._failures = RepeatFilter(_LOG_PAUSE_S)
         self._absent = pyfuse3.EntryAttributes()
-        self._absent.st_ino = pyfuse3.InodeT(0)  # "there is no such name", which the kernel then remembers
+        self._absent.st_ino = pyfuse3.InodeT(0)  # "there is no such name", which the kernel caches
         self._absent.entry_timeout = FOREVER_S
         self._statfs = self._make_statfs()
 
@@ -216,7 +203,7 @@ class RootOperations(pyfuse3.Operations):
     @_guarded
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[XAttrNameT]:
         names = self._reader.xattrs(self._nid(inode))
-        # As EROFS and others do: trusted.* is for the administrator's eyes only.
+        # As EROFS and others do: only root sees trusted.*.
         return [XAttrNameT(name) for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
 
     @_guarded
@@ -322,16 +309,11 @@ class RootOperations(pyfuse3.Operations):
     # -- failures ----------------------------------------------------------------------------------------
 
     def report(self, what: str, error: Exception) -> None:
-        """Counts and logs a failure; a repeated one not more often than every few seconds, since one broken
-        registry makes thousands of reads fail."""
+        """Counts a failure and logs it, a repeated one only once in a few seconds."""
         self.counters.failures += 1
         text = f"{what}: {error}" if isinstance(error, LazyfsError) else f"{what}: {error!r}"
-        now = time.monotonic()
-        if now - self._logged.get(text, -_LOG_PAUSE_S) < _LOG_PAUSE_S:
+        if not self._failures.is_new(text):
             return
-        if len(self._logged) >= 100:
-            self._logged.clear()
-        self._logged[text] = now
         if isinstance(error, LazyfsError):
             log.warning("%s", text)
         else:
@@ -344,6 +326,6 @@ _ACL_ENTRY = re.compile(rb"\x00[\x02\x03]..\x02\x00\x00\x00", re.DOTALL)
 
 
 def may_have_acls(namespace: bytes | memoryview) -> bool:
-    """Whether the namespace has anything that looks like a POSIX ACL; never falsely no. Enforcing ACLs makes
-    the kernel ask for one per inode that a user other than the owner touches, so do it only if there are."""
+    """Whether the namespace has anything that looks like a POSIX ACL; never falsely no. Enable ACLs only if it has:
+    they make the kernel ask for one per inode that a user other than the owner touches."""
     return _ACL_ENTRY.search(namespace) is not None

@@ -26,9 +26,9 @@ UNMOUNT_S = 20.0
 def mount(
     operations: pyfuse3.Operations, target: str, reference: str, *, allow_other: bool, executable: bool
 ) -> tuple[int, int]:
-    """Mounts at `target` and returns the device number; then comes `serve_requests`, and `close` in the end.
-    Root mounts itself, others by fusermount3. Raises UserError, HostError."""
-    target = os.path.realpath(target)  # before mounting: afterwards a stat of it would wait for ourselves
+    """Mounts at `target` and returns the device number. Call `serve_requests` next, and `close` in the end.
+    Root mounts by itself, other users by fusermount3. Raises UserError, HostError."""
+    target = os.path.realpath(target)  # before mounting: afterwards a stat of it would wait for this process
     if not os.path.isdir(target):
         raise UserError(f"{target} is not a directory", "give an existing directory")
     options = {
@@ -63,7 +63,7 @@ async def serve_requests(max_tasks: int) -> None:
 
 
 def close() -> None:
-    """Ends the connection: who still uses the mount gets ENOTCONN. It does not unmount, because libfuse would
+    """Ends the connection: remaining users of the mount get ENOTCONN. Does not unmount, because libfuse would
     unmount whatever is at the target now; see `unmount_lazily`."""
     pyfuse3.close(unmount=False)
 
@@ -80,8 +80,8 @@ def _mount_error(target: str, words: str) -> UserError | HostError:
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[list[str]]:
-    """What libfuse and fusermount3 print is the only account of a failed mount: it is collected, and printed
-    after all. Afterwards the list has one element."""
+    """Collects what libfuse and fusermount3 print, the only account of a failed mount, and prints it in the end.
+    After the context the list has one element."""
     words: list[str] = []
     memory_fd = os.memfd_create("stderr")
     saved_fd = os.dup(2)
@@ -101,8 +101,8 @@ def _captured_stderr() -> Iterator[list[str]]:
 
 
 def unmount_lazily(dev: tuple[int, int], others: Iterable[tuple[tuple[int, int], str]] = ()) -> None:
-    """Takes all mounts of file system `dev` that this namespace shows, and the `others` (device, target), out
-    of the tree. What covers them stays. Never raises: what cannot be unmounted is logged."""
+    """Detaches all mounts of file system `dev` in this namespace, and the `others` (device, target). Mounts that
+    cover them stay. Never raises: logs what cannot be unmounted."""
     wanted = set(others)
     try:
         entries = mounts()

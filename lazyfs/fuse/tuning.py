@@ -1,6 +1,6 @@
 """Kernel settings that no mount option sets: read-ahead, and the number of background reads of a FUSE mount.
 
-Both are improvements only; what cannot be set stays at the kernel's default and is logged once.
+Both only improve speed: what cannot be set stays at the kernel's default and is logged once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _CONNECTIONS = "/sys/fs/fuse/connections"
 
 
 def set_read_ahead(dev: tuple[int, int], kibibytes: int) -> bool:
-    """Sets the mount's read-ahead; only root may. Returns whether it took."""
+    """Sets the mount's read-ahead, which only root may do. Returns whether it was set."""
     return _write(f"{_BDI}/{dev[0]}:{dev[1]}/read_ahead_kb", kibibytes)
 
 
 def erofs_devices() -> set[str]:
-    """Names of the backing-device entries of all EROFS mounts on files; they do not tell which is whose."""
+    """Names of the backing-device entries of all EROFS mounts on files. A name does not say which mount it is."""
     try:
         return {name for name in os.listdir(_BDI) if name.startswith("erofs-")}
     except OSError:
@@ -31,14 +31,14 @@ def erofs_devices() -> set[str]:
 
 
 def set_erofs_read_ahead(name: str, kibibytes: int) -> bool:
-    """Sets the read-ahead of one of `erofs_devices`. Returns whether it took."""
+    """Sets the read-ahead of one of `erofs_devices`. Returns whether it was set."""
     return _write(f"{_BDI}/{name}/read_ahead_kb", kibibytes)
 
 
 def set_max_background(dev: tuple[int, int], requests: int) -> bool:
-    """Lets the kernel have so many page-cache reads in flight, instead of 12: with 12 of them waiting for a
-    slow registry, reads of data that is here would queue behind them. The owner of the mount may set it where
-    the fusectl file system is mounted (systemd does); root can do without. Returns whether it took."""
+    """Lets the kernel have `requests` page-cache reads in flight instead of 12: when 12 wait for a slow registry, reads
+    of cached data queue behind them. The mount's owner may set it where the fusectl file system is mounted (systemd
+    does so); root may set it anywhere. Returns whether it was set."""
     connection = os.minor(os.makedev(*dev))
     if os.path.isdir(f"{_CONNECTIONS}/{connection}"):
         return _set_background(f"{_CONNECTIONS}/{connection}", requests)
@@ -59,7 +59,7 @@ def set_max_background(dev: tuple[int, int], requests: int) -> bool:
 
 
 def _set_background(directory: str, requests: int) -> bool:
-    # Above the threshold the kernel stops reading ahead; its own default is three quarters, too.
+    # Above the threshold the kernel stops reading ahead. Three quarters is its own default, too.
     return _write(f"{directory}/max_background", requests) and _write(
         f"{directory}/congestion_threshold", requests * 3 // 4
     )

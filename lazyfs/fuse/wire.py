@@ -1,8 +1,8 @@
 """The FUSE protocol's bytes, as far as a flat directory of read-only files needs them.
 
 Source: include/uapi/linux/fuse.h, protocol 7.36 (what we ask for; the kernel then talks 7.36 or lower).
-Little-endian is assumed by no one: all structs are in the host's order, as the kernel's are. Imports nothing
-but os and struct: the keeper answers FUSE_INIT with it.
+All structs are in the host's byte order, as the kernel's are. Imports only os and struct, because the keeper
+answers FUSE_INIT with it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _WANTED = _ASYNC_READ | _ASYNC_DIO | _NO_OPEN_SUPPORT | _PARALLEL_DIROPS | _MAX_
 
 PAGE_BYTES = 4096
 MAX_READ_PAGES = 256  # 1 MiB a READ: the kernel's default limit (fs.fuse.max_pages_limit)
-MAX_BACKGROUND = 256  # READs in flight that wait for the network; the kernel queues further ones
+MAX_BACKGROUND = 256  # READs in flight; the kernel queues further ones
 _CONGESTION = 192
 _MAX_WRITE = PAGE_BYTES  # nothing is ever written; the smallest the kernel takes
 
@@ -83,11 +83,11 @@ DT_REG = 8
 
 
 class WireError(Exception):
-    """The connection does not work: the kernel sent, or refused, something against the protocol."""
+    """The connection is broken: the kernel sent or refused something against the protocol."""
 
 
 def reply(fuse_fd: int, unique: int, *parts: bytes | memoryview) -> bool:
-    """Answers a request. False if it, or the whole connection, is gone meanwhile. Raises WireError."""
+    """Answers a request. False if the request or the connection is gone. Raises WireError."""
     return _write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size + sum(map(len, parts)), 0, unique), *parts)
 
 
@@ -100,7 +100,7 @@ def _write(fuse_fd: int, *parts: bytes | memoryview) -> bool:
     try:
         os.writev(fuse_fd, parts)
     except OSError as error:
-        # ENOENT: interrupted, or answered by another process that had it; ENODEV: unmounted
+        # ENOENT: interrupted, or another process answered it; ENODEV: unmounted
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return False
         raise WireError(f"answering a FUSE request: {os.strerror(error.errno or 0)}") from error
@@ -108,7 +108,7 @@ def _write(fuse_fd: int, *parts: bytes | memoryview) -> bool:
 
 
 def resend(fuse_fd: int) -> None:
-    """Has the kernel queue every request again that was read but not answered (FUSE_NOTIFY_RESEND).
+    """Makes the kernel queue again every request that was read but not answered (FUSE_NOTIFY_RESEND).
     Raises OSError: ENODEV if the mount is gone, EINVAL before Linux 6.9."""
     os.writev(fuse_fd, (OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0),))
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import trio
 
 from lazyfs.daemon.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
-from lazyfs.fuse.devices import Device, DeviceServer, node_of
+from lazyfs.fuse.device import Device
+from lazyfs.fuse.devices import DeviceServer, node_of
 from lazyfs.system.detached import clone_mount, erofs_mount_detached
 from lazyfs.system.sockets import send_fds
 

@@ -16,7 +16,8 @@ import trio.testing
 
 from lazyfs.errors import RemoteError
 from lazyfs.fuse import wire
-from lazyfs.fuse.devices import Device, DeviceServer, node_of
+from lazyfs.fuse.device import Device
+from lazyfs.fuse.devices import DeviceServer, node_of
 from lazyfs.fuse.wire import answer_init
 from lazyfs.system.detached import fuse_mount_detached
 
