@@ -362,8 +362,9 @@ def use(image: bytes) -> None:
     """Everything the reader can do, on whatever nids the image itself and its surroundings offer."""
     with contextlib.suppress(ImageError):
         reader = ErofsReader(image)
-        with contextlib.suppress(ImageError):
-            reader.check()
+        for walk_all in (reader.check, reader.tree):
+            with contextlib.suppress(ImageError):
+                walk_all()
         actions: list[Callable[[int], object]] = [
             reader.inode,
             lambda nid: list(reader.entries(nid)),

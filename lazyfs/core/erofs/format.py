@@ -63,6 +63,8 @@ INODE = struct.Struct("<HHHHQIIIIqII")
 # advise (in newer images the upper address bits; zero here), device_id (position in the device table + 1),
 # blkaddr in that device; it follows inode and attributes at the next multiple of its own size
 CHUNK_INDEX = struct.Struct("<HHI")
+# An inode without attributes and, right behind it, its chunk index: what most regular files are
+FILE = struct.Struct("<HHHHQIIIIqII16xHHI")
 # nid, nameoff, file_type, reserved
 DIRENT = struct.Struct("<QHBB")
 # h_name_filter, h_shared_count, reserved

@@ -62,8 +62,17 @@ def flatten(layers: Sequence[Iterable[LayerEntry]]) -> Node:
     Raises ImageError for what cannot be unpacked: a hard link without a file to link to, a path through
     something that is no directory, a loop of symbolic links, a root that is no directory.
     """
-    tree = _Tree()
-    for number, layer in enumerate(layers):
+    return extend(_missing_directory(), layers)
+
+
+def extend(base: Node, layers: Sequence[Iterable[LayerEntry]], first: int = 0) -> Node:
+    """Applies further layers to a tree of lower ones, which belongs to the result from now on. As flatten() of all.
+
+    `first`: the number of the first of `layers`; nodes of `base` have lower ones. After an ImageError, `base` is of no
+    use.
+    """
+    tree = _Tree(base)
+    for number, layer in enumerate(layers, first):
         tree.start_layer(number)
         for item in layer:
             tree.apply(item.entry, item.address)
@@ -72,8 +81,8 @@ def flatten(layers: Sequence[Iterable[LayerEntry]]) -> Node:
 
 
 class _Tree:
-    def __init__(self) -> None:
-        self.root = _missing_directory()
+    def __init__(self, root: Node) -> None:
+        self.root = root
         self._layer = -1
         # Directory -> names in it that the current layer wrote, or that lead to such names.
         self._upper: defaultdict[Node, set[bytes]] = defaultdict(set)

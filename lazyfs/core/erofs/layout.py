@@ -1,0 +1,184 @@
+"""Tree -> the place of each inode in EROFS metadata: a nid is a place, so places come first.
+
+The children of a directory lie together, so listing it touches few pages. A record (inode, attributes, inline tail)
+never crosses a block end: the kernel demands that of the tail; the gaps are filled with later records.
+"""
+
+from __future__ import annotations
+
+from lazyfs.core.erofs.format import (
+    ACL_ACCESS,
+    ACL_DEFAULT,
+    BLOCK_BYTES,
+    CHUNK_INDEX,
+    DIRENT,
+    FILE,
+    INODE_BYTES,
+    NAME_MAX,
+    SLOT_BYTES,
+    SYMLINK_MAX,
+    acl_is_valid,
+    xattr_body,
+)
+from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.tree import Node
+from lazyfs.errors import ImageError
+
+_HINT = "the image itself is at fault: build it again, or report it to its publisher"
+_NO_NAMES = (b"", b".", b"..", b"/", b"\0")
+_ACL_EMPTY = b"\2\0\0\0"
+# Members of an Enum take long to look up, and this is asked for each name.
+_IS_FILE, _IS_DIR = Kind.FILE, Kind.DIR
+# Number, inode, byte position, attribute area, size of a directory's or link's content, bytes of it behind the inode.
+Record = tuple[int, Node, int, bytes, int, int]
+
+
+class Layout:
+    """Places of all inodes, and of content outside their records; numbered, from 1, in the order they get one."""
+
+    def __init__(self, start: int) -> None:
+        self.files: dict[Node, int] = {}  # regular files with data and without attributes -> byte position
+        self.file_numbers: list[int] = []
+        self.records: list[Record] = []  # all others
+        self.nids: dict[Node, int] = {}
+        self.parents: dict[Node, Node] = {}
+        self.names: dict[Node, list[bytes]] = {}  # of each directory, sorted, with "." and ".."
+        self.outside: dict[Node, int] = {}  # where content outside the records begins
+        self.end = 0  # bytes, a multiple of the block size; valid after walk()
+        self._position = start
+        self._gap = self._gap_end = start
+
+    def walk(self, root: Node) -> None:
+        self.parents[root] = root
+        self._place(root)
+        nids = self.nids
+        pending = [root]
+        while pending:
+            directory = pending.pop()
+            subdirectories = []
+            children = directory.children or {}
+            for name in self.names[directory]:
+                child = children.get(name)
+                if child is None:
+                    continue  # "." or ".."
+                kind = child.kind
+                if kind is _IS_DIR:
+                    if child in self.parents:
+                        raise ImageError(f"directory {name!r} has two parents", _HINT)
+                    self.parents[child] = directory
+                    subdirectories.append(child)
+                elif child in nids:
+                    continue
+                if kind is _IS_FILE and child.size and not child.xattrs:
+                    self.files[child] = position = self._allocate(FILE.size)
+                    nids[child] = position // SLOT_BYTES
+                    self.file_numbers.append(len(nids))
+                    continue
+                try:
+                    self._place(child)
+                except ImageError as error:
+                    raise ImageError(f"{name!r}: {error.message}", error.hint) from None
+            pending.extend(reversed(subdirectories))
+        self._place_outside()
+
+    def _place(self, node: Node) -> None:
+        body = xattr_body(_kept_xattrs(node)) if node.xattrs else b""
+        fixed = INODE_BYTES + len(body)
+        size = tail = 0
+        if node.kind == Kind.FILE:
+            if node.size:
+                fixed += -fixed % CHUNK_INDEX.size + CHUNK_INDEX.size
+        elif node.kind == Kind.DIR:
+            self.names[node] = names = _sorted_names(node.children or {})
+            size = tail = sum(map(len, names)) + DIRENT.size * len(names)
+            if size > BLOCK_BYTES:
+                blocks, tail = directory_blocks(names)
+                size = (len(blocks) - 1) * BLOCK_BYTES + tail
+        elif node.kind == Kind.SYMLINK:
+            size = tail = len(node.target)
+            if not 0 < size <= SYMLINK_MAX or b"\0" in node.target:
+                raise ImageError(
+                    f"symbolic link target of {size} bytes is not valid",
+                    "Linux allows 1 to 4095 bytes, none of them NUL",
+                )
+        if fixed + tail > BLOCK_BYTES:
+            tail = 0
+        position = self._allocate(fixed + tail)
+        self.nids[node] = position // SLOT_BYTES
+        self.records.append((len(self.nids), node, position, body, size, tail))
+
+    def _allocate(self, length: int) -> int:
+        length += -length % SLOT_BYTES
+        if length <= self._gap_end - self._gap:
+            position = self._gap
+            self._gap += length
+            return position
+        position = self._position
+        left = -position % BLOCK_BYTES or BLOCK_BYTES
+        # Attributes may cross blocks, the inode itself and inline tails may not.
+        if (length if length <= BLOCK_BYTES else INODE_BYTES) > left:
+            if left > self._gap_end - self._gap:
+                self._gap, self._gap_end = position, position + left
+            position += left
+        self._position = position + length
+        return position
+
+    def _place_outside(self) -> None:
+        end = self._position + -self._position % BLOCK_BYTES
+        for _, node, _, _, size, tail in self.records:
+            if size > tail:
+                self.outside[node] = end
+                end += size - tail
+                end += -end % BLOCK_BYTES
+        self.end = end
+
+
+def _sorted_names(children: dict[bytes, Node]) -> list[bytes]:
+    """The names of a directory in byte order, "." and ".." among them. ImageError if one is not valid."""
+    joined = b"/".join(children)
+    if (
+        b"\0" in joined
+        or (children and joined.count(b"/") != len(children) - 1)
+        or max(map(len, children), default=0) > NAME_MAX
+        or any(name in children for name in _NO_NAMES)
+    ):
+        name = next(
+            name for name in children if name in _NO_NAMES or len(name) > NAME_MAX or b"/" in name or b"\0" in name
+        )
+        raise ImageError(f"file name {name[:300]!r} is not valid", _HINT)
+    return sorted((b".", b"..", *children))
+
+
+def directory_blocks(names: list[bytes]) -> tuple[list[list[bytes]], int]:
+    """The names of each block of a directory, and the number of bytes used in the last block."""
+    blocks: list[list[bytes]] = []
+    current: list[bytes] = []
+    used = 0
+    for name in names:
+        length = DIRENT.size + len(name)
+        if used + length > BLOCK_BYTES:
+            blocks.append(current)
+            current = []
+            used = 0
+        current.append(name)
+        used += length
+    blocks.append(current)
+    return blocks, used
+
+
+def _kept_xattrs(node: Node) -> dict[bytes, bytes]:
+    """Attributes that setxattr(2) takes for this kind of file: no unpacked image can have others, and the
+    kernel would list but not return them. Left out: user.* off files and directories, ACLs on links, default
+    ACLs off directories, ACLs without entries (setting one removes the ACL). A malformed ACL is an error."""
+    kind = node.kind
+    kept = {}
+    for name, value in node.xattrs.items():
+        if name in (ACL_ACCESS, ACL_DEFAULT):
+            if kind == Kind.SYMLINK or (name == ACL_DEFAULT and kind != Kind.DIR) or value == _ACL_EMPTY:
+                continue
+            if not acl_is_valid(value):
+                raise ImageError(f"its ACL of {len(value)} bytes is malformed", _HINT)
+        elif name.startswith(b"user.") and kind not in (Kind.FILE, Kind.DIR):
+            continue
+        kept[name] = value
+    return kept

@@ -1,0 +1,57 @@
+"""The tree of an image and its namespace: an EROFS image whose devices are named by the content roots of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.erofs.writer import Device, write_erofs
+from lazyfs.core.tar.tree import Node
+from lazyfs.errors import ImageError
+
+
+class LayerDevice(NamedTuple):
+    """A layer as a place of file data."""
+
+    content_root: str
+    device_bytes: int
+
+
+def write_namespace(root: Node, layers: Sequence[LayerDevice]) -> bytes:
+    """The namespace of a tree; `Node.layer` indexes `layers`. The device table holds those that a file lies in, in the
+    order of the layers, equal ones once. ImageError as of write_erofs().
+    """
+    used = _layers_of(root)
+    devices: dict[str, int] = {}
+    numbers = []
+    for number, layer in enumerate(layers):
+        if number in used:
+            devices.setdefault(layer.content_root, len(devices))
+        numbers.append(devices.get(layer.content_root, -1))
+    sizes = {layer.content_root: layer.device_bytes for layer in layers}
+    table = [Device(content_root.encode(), sizes[content_root]) for content_root in devices]
+    return write_erofs(root, table, numbers=numbers)
+
+
+def read_tree(reader: ErofsReader, content_roots: Sequence[str]) -> Node:
+    """The tree of a namespace of layers with these content roots; `Node.layer` is a number of one of them. ImageError.
+    """
+    try:
+        numbers = [content_roots.index(device.tag.decode("ascii", "replace")) for device in reader.devices]
+    except ValueError:
+        raise ImageError("the namespace in the index names a layer the image does not have") from None
+    return reader.tree(numbers)
+
+
+def _layers_of(root: Node) -> set[int]:
+    """Numbers of the layers in which data of the tree lies."""
+    used: set[int] = set()
+    pending = [root]
+    while pending:
+        for node in (pending.pop().children or {}).values():
+            if node.children is not None:
+                pending.append(node)
+            elif node.size:
+                used.add(node.layer)
+    return used
