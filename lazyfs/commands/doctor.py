@@ -12,6 +12,7 @@ from lazyfs.cache import places
 from lazyfs.control import rundir
 from lazyfs.errors import LazyfsError
 from lazyfs.system import host
+from lazyfs.system.process import SYSTEM_PATH, find_program
 
 MIN_FREE_BYTES = 2 * 10**9
 MIN_OPEN_FILES = 4096  # a descriptor per layer device and cache file, three per layer
@@ -40,6 +41,7 @@ def examine(cache: str | None = None) -> list[Check]:
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
         _libraries,
+        _inflating,
         _kernel,
         _fuse,
         _trials,
@@ -99,6 +101,18 @@ def _libraries() -> Iterator[Check]:
             yield Check(f"library {package}", "warn", "cannot be imported: no backend=fuse", advice)
 
 
+def _inflating() -> Iterator[Check]:
+    """Whether zlib-ng's C functions can be called; if not, the system's zlib serves, at half the speed."""
+    from lazyfs.decoding.zstream import zlib_ng
+
+    if zlib_ng() is not None:
+        yield Check("library zlib-ng", "ok", "usable")
+        return
+    wrong = "its package hides the C functions" if _importable("zlib_ng.zlib_ng") else "cannot be imported"
+    finding = f"{wrong}: layers are indexed with the system's zlib, at half the speed"
+    yield Check("library zlib-ng", "warn", finding, "pip install --force-reinstall zlib-ng (a wheel from PyPI)")
+
+
 def _kernel() -> Iterator[Check]:
     release = os.uname().release
     version = host.kernel_version()
@@ -137,7 +151,7 @@ def _fuse() -> Iterator[Check]:
         yield Check("/dev/fuse", "ok", "present")
     else:
         yield Check("/dev/fuse", "fail", "missing", "modprobe fuse; in a container, give it the device")
-    program = host.find_program("fusermount3")
+    program = find_program("fusermount3", also=SYSTEM_PATH)
     if program is None:
         status = "warn" if host.is_root() else "fail"
         yield Check("fusermount3", status, "missing: needed by users other than root", "apt install fuse3")
@@ -193,7 +207,7 @@ def _trials() -> Iterator[Check]:
 
 
 def _containers() -> Iterator[Check]:
-    program = host.find_program("runc")
+    program = find_program("runc", also=SYSTEM_PATH)
     if program is None:
         yield Check("runc", "warn", "missing: needed by `lazyfs run`", "apt install runc")
     else:

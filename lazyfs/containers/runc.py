@@ -59,7 +59,7 @@ class Runc:
 
     def __init__(self, state_directory: str) -> None:
         """`state_directory`: runc's --root."""
-        program = find_program("runc") or find_program("runc", "/usr/local/sbin:/usr/sbin:/sbin")
+        program = find_program("runc", also="/usr/local/sbin:/usr/sbin:/sbin")
         if program is None:
             raise HostError("runc is not installed", "install the package runc")
         self._program = program

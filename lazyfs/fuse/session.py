@@ -16,6 +16,7 @@ from lazyfs.errors import HostError, UserError
 from lazyfs.system import host
 from lazyfs.system.mountapi import MNT_DETACH, UMOUNT_NOFOLLOW, umount2
 from lazyfs.system.mountinfo import mounts
+from lazyfs.system.process import SYSTEM_PATH, find_program
 from lazyfs.system.syscalls import SyscallError
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _unmount(target: str) -> None:
     try:
         umount2(target, MNT_DETACH | UMOUNT_NOFOLLOW)
     except SyscallError as error:
-        program = host.find_program("fusermount3")
+        program = find_program("fusermount3", also=SYSTEM_PATH)
         if error.errno != errno.EPERM or program is None:
             raise
         done = subprocess.run(

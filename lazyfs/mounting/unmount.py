@@ -13,6 +13,7 @@ from lazyfs.errors import HostError, LazyfsError, UserError
 from lazyfs.system import host
 from lazyfs.system.mountapi import MNT_DETACH, UMOUNT_NOFOLLOW, umount2
 from lazyfs.system.mountinfo import MountEntry, mounts
+from lazyfs.system.process import SYSTEM_PATH, find_program
 from lazyfs.system.syscalls import SyscallError
 
 WAIT_S = 60.0
@@ -100,7 +101,7 @@ def _umount_as_root(entry: MountEntry, lazy: bool) -> None:
 def _umount_as_user(entry: MountEntry, lazy: bool) -> None:
     if entry.fstype != "fuse.lazyfs":
         raise UserError(f"{entry.mountpoint} was mounted by root", "unmount it as root")
-    program = host.find_program("fusermount3")
+    program = find_program("fusermount3", also=SYSTEM_PATH)
     if program is None:
         raise HostError("fusermount3 is missing", "install the package fuse3")
     import subprocess

@@ -1,11 +1,10 @@
-"""Detached mounts: file systems that are mounted, and reachable through a descriptor, but attached nowhere.
+"""Detached mounts: file systems that are mounted and reachable through a descriptor, but attached nowhere.
 
-They are invisible in every mount table and go away with their last user, so a crash leaves nothing behind.
-The path of a file in one is ``/proc/self/fd/N/name``, valid in the process that holds descriptor N.
+No mount table shows them and they end with their last user, so a crash leaves nothing behind. The path of a file
+in one is ``/proc/self/fd/N/name``, valid in the process that holds descriptor N.
 
-Tried on Linux 6.18: all of it works directly. Before 6.15 the kernel refuses to clone a detached mount or to
-build an overlay on one (EINVAL); then the same is done in a thread with its own mount namespace, where the
-mount may be attached unseen.
+Before Linux 6.15 the kernel refuses to clone a detached mount or to build an overlay on one (EINVAL). Then a thread
+with its own mount namespace does the same: there it can attach the mount unseen.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 
 SAFE = MOUNT_RDONLY | MOUNT_NOSUID | MOUNT_NODEV
 
-# Where the fallback attaches, inside a namespace that only its thread sees: a directory that every Linux
-# system has, and that holds neither images, caches nor upper directories.
+# Where the fallback attaches, in a namespace that only its thread sees: a directory that every Linux system has and
+# that holds no images, caches or upper directories.
 _HIDDEN_MOUNT_POINT = "/sys"
 
 
@@ -65,19 +64,19 @@ def fuse_mount_detached(fuse_fd: int, source: str = "lazyfs", subtype: str = "la
 def erofs_mount_detached(namespace_path: str, device_paths: Sequence[str], directio: bool = True) -> int:
     """Mounts the EROFS metadata file with its data devices, in the order of its device table.
 
-    Files back it all, no loop devices (Linux 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE). `directio` keeps the
-    devices' pages out of the page cache, which would otherwise hold everything twice. The mount is read-only,
-    nosuid and nodev; `clone_mount` makes a copy with other attributes. Each path: at most 255 bytes. Raises
-    UnsupportedCall if the kernel cannot, another SyscallError if it fails.
+    Files back it without loop devices (Linux 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE). `directio` keeps the devices'
+    pages out of the page cache, which would otherwise hold everything twice. The mount is read-only, nosuid and
+    nodev; `clone_mount` makes a copy with other attributes. Each path has at most 255 bytes. Raises UnsupportedCall
+    if the kernel cannot do it, another SyscallError if it fails.
     """
     try:
         return _erofs_by_file(namespace_path, device_paths, directio)
     except SyscallError as error:
-        if error.errno == errno.ENOTBLK:  # it has no read_folio, or the kernel no file-backed EROFS
+        if error.errno == errno.ENOTBLK:  # the file system lacks read_folio, or the kernel file-backed EROFS
             message = "the kernel cannot mount EROFS from a file on the cache's file system (tmpfs?)"
             hint = "choose a cache=DIR on a disk, or backend=fuse"
             raise UnsupportedCall(message, error.errno, hint) from None
-        if error.errno in (errno.EINVAL, errno.EACCES):  # an option or feature it does not know; forbidden
+        if error.errno in (errno.EINVAL, errno.EACCES):  # an unknown option or feature; forbidden
             hint = "use backend=fuse; the kernel log (dmesg) may say why"
             raise UnsupportedCall(error.message, error.errno, hint) from None
         raise
@@ -98,8 +97,8 @@ def _erofs_by_file(namespace_path: str, device_paths: Sequence[str], directio: b
 
 
 def clone_mount(mount_fd: int, attributes: int = SAFE) -> int:
-    """A further detached mount of the same superblock (so of the same page cache), with exactly these of
-    MOUNT_RDONLY, MOUNT_NOSUID, MOUNT_NODEV, MOUNT_NOEXEC. `mount_fd` may be detached or attached."""
+    """Another detached mount of the same superblock, and so of the same page cache. `attributes` are exactly those of
+    MOUNT_RDONLY, MOUNT_NOSUID, MOUNT_NODEV, MOUNT_NOEXEC that it gets. `mount_fd` may be detached or attached."""
     try:
         clone_fd = open_tree_clone(mount_fd)
     except SyscallError as error:
@@ -115,8 +114,8 @@ def clone_mount(mount_fd: int, attributes: int = SAFE) -> int:
 
 
 def attach(mount_fd: int, target: str | int) -> None:
-    """Attaches a detached mount at `target` (path or directory descriptor). The descriptor may be closed
-    afterwards; a mount that was never attached ends with its descriptor."""
+    """Attaches a detached mount at `target` (path or directory descriptor). Then `mount_fd` may be closed; a mount
+    that was never attached ends with its descriptor."""
     move_mount(mount_fd, target)
 
 
@@ -127,8 +126,8 @@ def overlay_mount_detached(
     options: Sequence[str] = (),
     attributes: int = MOUNT_NODEV | MOUNT_NOSUID,
 ) -> int:
-    """An overlay on the (detached) mount `lower_fd`; returns it detached. `upper` and `work`: directories on
-    one writable file system. `options`: further ones, "metacopy=on" or "volatile"."""
+    """Makes an overlay on the (detached) mount `lower_fd` and returns it detached. `upper` and `work` are directories
+    on one writable file system. `options` are further ones, such as "metacopy=on" or "volatile"."""
     try:
         return _overlay_by_fd(lower_fd, upper, work, options, attributes)
     except SyscallError as error:
@@ -137,7 +136,7 @@ def overlay_mount_detached(
         try:
             return _overlay_hidden(lower_fd, upper, work, options, attributes)
         except SyscallError:
-            raise error from None  # the first answer was not about the kernel's age
+            raise error from None  # the first error had another cause than an old kernel
 
 
 def _set_option(context_fd: int, option: str) -> None:
@@ -149,7 +148,7 @@ def _set_option(context_fd: int, option: str) -> None:
 
 
 def _overlay_by_fd(lower_fd: int, upper: str, work: str, options: Sequence[str], attributes: int) -> int:
-    """By descriptors (Linux 6.13), so no path needs escaping and none can be swapped."""
+    """Gives descriptors (Linux 6.13), so that no path needs escaping or can be swapped."""
     context_fd = fsopen("overlay")
     opened: list[int] = []
     try:
@@ -190,9 +189,9 @@ def _overlay_by_path(lower: str, upper: str, work: str, options: Sequence[str], 
 
 
 def _hidden(mount_fd: int, action: Callable[[], int]) -> int:
-    """Runs `action` in a thread whose private mount namespace has the mount at _HIDDEN_MOUNT_POINT. A fresh
-    detached clone then takes the place of `mount_fd`, because the attached one ends with the namespace."""
-    import threading  # only here: costs the light client nothing
+    """Runs `action` in a thread whose private mount namespace has the mount at _HIDDEN_MOUNT_POINT. The attached mount
+    ends with that namespace, so a fresh detached clone replaces `mount_fd`."""
+    import threading  # here, because the light client does not need it
 
     results: list[int] = []
     errors: list[BaseException] = []

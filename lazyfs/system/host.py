@@ -1,11 +1,13 @@
-"""What this host can do, as far as a few reads of /proc tell: the cheap checks that `mount` makes.
+"""What this host can do, as far as a few reads of /proc show: the cheap checks that `mount` makes.
 
-`lazyfs doctor` (commands/doctor.py) makes them too, and tries things out.
+`lazyfs doctor` (commands/doctor.py) makes them, too, and tries things out.
 """
 
 from __future__ import annotations
 
 import os
+
+from lazyfs.system.process import SYSTEM_PATH, find_program
 
 KERNEL_BACKEND_SINCE = (6, 12)  # EROFS from files, without loop devices
 RESEND_SINCE = (6, 9)  # FUSE_NOTIFY_RESEND: the daemon may die without a read failing
@@ -66,7 +68,7 @@ def has_filesystem(name: str) -> bool:
 
 
 def kernel_backend_problem() -> tuple[str, str] | None:
-    """Why backend=kernel cannot work here, and what to do; None if nothing speaks against it."""
+    """Why backend=kernel cannot work here, and what to do; None if no reason was found."""
     if not is_root():
         return "the kernel backend needs root", "run as root, or use backend=fuse"
     if kernel_version() < KERNEL_BACKEND_SINCE:
@@ -80,25 +82,16 @@ def kernel_backend_problem() -> tuple[str, str] | None:
 
 
 def fuse_problem() -> tuple[str, str] | None:
-    """Why no FUSE file system can be mounted here, and what to do; None if nothing speaks against it."""
+    """Why no FUSE file system can be mounted here, and what to do; None if no reason was found."""
     if not has_filesystem("fuse"):
         return "this kernel has no FUSE", "modprobe fuse"
     if not os.path.exists("/dev/fuse"):
         return "/dev/fuse is missing", "modprobe fuse; in a container, give it the device /dev/fuse"
     if not is_root():
-        if find_program("fusermount3") is None:
+        if find_program("fusermount3", also=SYSTEM_PATH) is None:
             return "fusermount3 is missing", "install the package fuse3"
         if not os.access("/dev/fuse", os.R_OK | os.W_OK):
             return "you may not open /dev/fuse", "as root: chmod 666 /dev/fuse"
-    return None
-
-
-def find_program(name: str) -> str | None:
-    """Like shutil.which, with the system directories that a user's PATH may lack."""
-    for directory in [*os.environ.get("PATH", "").split(":"), "/usr/sbin", "/usr/bin", "/sbin", "/bin"]:
-        path = os.path.join(directory, name)
-        if directory.startswith("/") and os.access(path, os.X_OK) and os.path.isfile(path):
-            return path
     return None
 
 

@@ -1,10 +1,9 @@
-"""Linux system calls that Python lacks: the new mount API, mount attributes, openat2, passing descriptors.
+"""Linux' new mount API and mount attributes, which Python lacks. `system/detached.py` builds whole mounts with it.
 
-Standard library only, because the light `mount` client imports this module (``import lazyfs.linux`` takes
-about 4 ms, nearly all of it ctypes). Ready-made detached mounts are in `lazyfs.detached`.
+Standard library only, because the light `mount` client imports this module (4 ms, nearly all of it ctypes).
 
-Every function raises `SyscallError`, whose `errno` callers may branch on. Descriptors that are returned are
-close-on-exec and belong to the caller. Paths are host paths; descriptors stay the caller's.
+Every function raises `SyscallError`, whose `errno` callers may branch on. Returned descriptors are close-on-exec and
+belong to the caller, as do those that are passed in. Paths are host paths.
 """
 
 from __future__ import annotations
@@ -14,10 +13,6 @@ import os
 import struct
 
 from lazyfs.system.syscalls import c_int, c_ptr, checked, failure, libc, syscall
-
-TYPE_CHECKING = False  # not from typing, which takes 8 ms to import
-if TYPE_CHECKING:
-    pass
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000  # include/uapi/linux/fcntl.h
@@ -35,7 +30,7 @@ CLONE_NEWNS = 0x20000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 
-# One number on every architecture (they came after the tables were unified), except alpha.
+# The same on every architecture except alpha: these calls are younger than the unified tables.
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
@@ -113,8 +108,8 @@ def fsconfig_create(context_fd: int, fstype: str = "the file system") -> None:
 
 
 def fsmount(context_fd: int, attributes: int = 0) -> int:
-    """A detached mount (an O_PATH descriptor of its root). It lives until the last descriptor is closed,
-    or, once attached, as any mount. `attributes`: MOUNT_RDONLY, ..."""
+    """A detached mount (an O_PATH descriptor of its root). It lives until its last descriptor is closed or, once
+    attached, like any mount. `attributes`: MOUNT_RDONLY, ..."""
     return checked(
         "creating the mount", _SYS_FSMOUNT, c_int(context_fd), c_int(_FSMOUNT_CLOEXEC), c_int(attributes)
     )
@@ -124,8 +119,8 @@ def fsmount(context_fd: int, attributes: int = 0) -> int:
 
 
 def move_mount(mount_fd: int, target: str | int) -> None:
-    """Attaches a detached mount at `target`: a path (a symlink in its last part is not followed), or a
-    descriptor of the directory, which nobody can swap meanwhile."""
+    """Attaches a detached mount at `target`: a path (a symlink in its last part is not followed), or a descriptor
+    of the directory, which nobody can swap in the meantime."""
     by_fd = isinstance(target, int)
     checked(
         f"attaching the mount at {'descriptor ' if by_fd else ''}{target}",
@@ -140,7 +135,7 @@ def move_mount(mount_fd: int, target: str | int) -> None:
 
 def open_tree_clone(source: str | int) -> int:
     """A detached copy of the mount at `source` (path, or descriptor of a mount's root), same superblock.
-    A source that is itself detached needs Linux 6.15 (EINVAL before): see `lazyfs.detached.clone_mount`."""
+    A source that is itself detached needs Linux 6.15 (EINVAL before): see `detached.clone_mount`."""
     by_fd = isinstance(source, int)
     return checked(
         "cloning the mount",
@@ -152,7 +147,7 @@ def open_tree_clone(source: str | int) -> int:
 
 
 def mount_setattr(mount_fd: int, attributes: int) -> None:
-    """Gives the mount exactly these of RDONLY, NOSUID, NODEV, NOEXEC: the others of the four are cleared."""
+    """Sets exactly these of RDONLY, NOSUID, NODEV, NOEXEC on the mount and clears the others of the four."""
     if attributes & ~_SETTABLE:
         raise ValueError(f"attributes {attributes:#x}")
     # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
@@ -169,7 +164,7 @@ def mount_setattr(mount_fd: int, attributes: int) -> None:
 
 
 def umount2(target: str, flags: int = 0) -> None:
-    """Unmounts; MNT_DETACH takes it out of the tree now and ends it when its last user goes."""
+    """Unmounts. MNT_DETACH detaches the mount now; it ends with its last user."""
     if libc.umount2(c_ptr(os.fsencode(target)), ctypes.c_int(flags)) != 0:
         raise failure(f"unmounting {target}", ctypes.get_errno())
 

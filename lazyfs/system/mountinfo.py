@@ -6,8 +6,8 @@ import os
 
 
 class MountEntry:
-    """One mount. `root` is the mounted directory within its file system; `options` are those of the mount,
-    `super_options` those of the file system. Not a dataclass: importing that takes 20 ms."""
+    """One mount. `root` is the mounted directory within its file system, `options` are the mount's, `super_options`
+    the file system's. Not a dataclass: that import takes 20 ms."""
 
     __slots__ = (
         "dev",
@@ -64,7 +64,7 @@ def _unescape(field: bytes) -> str:
 
 
 def parse_line(line: bytes) -> MountEntry | None:
-    """One line without its newline; None if it is not in the documented form."""
+    """Parses one line, given without its newline; None if it does not have the documented form."""
     fields = line.split(b" ")
     try:
         separator = fields.index(b"-", 6)
@@ -85,15 +85,15 @@ def parse_line(line: bytes) -> MountEntry | None:
 
 
 def mounts(path: str = "/proc/self/mountinfo") -> list[MountEntry]:
-    """All mounts of this process's namespace, in the kernel's order (a later one covers an earlier one at
-    the same place). Raises OSError."""
+    """All mounts of this process's namespace, in the kernel's order: a later one covers an earlier one at the same
+    place. Raises OSError."""
     with open(path, "rb") as file:
         lines = file.read().split(b"\n")
     return [entry for entry in map(parse_line, lines) if entry is not None]
 
 
 def mount_at(target: str) -> MountEntry | None:
-    """The topmost mount whose mount point is exactly `target` (its real path), if there is one."""
+    """The topmost mount whose mount point is exactly the real path of `target`; None if there is none."""
     wanted = os.path.realpath(target)
     found = None
     for entry in mounts():

@@ -9,6 +9,7 @@ from lazyfs.errors import HostError, UserError
 
 
 def make_private(path: str, parents: bool = False) -> None:
+    """Makes the directory (0700) if it is missing; with `parents` those above it, too (0755). Raises HostError."""
     try:
         if parents:
             os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
@@ -22,8 +23,8 @@ def make_private(path: str, parents: bool = False) -> None:
 
 
 def check_private(path: str, what: str, hint: str, writable_only: bool = False) -> None:
-    """`path` must be a real directory that belongs to this user and that others cannot use (with
-    `writable_only`: cannot write)."""
+    """Raises UserError unless `path` is a real directory of this user that others cannot use (with `writable_only`:
+    cannot write to). HostError if that cannot be found out."""
     try:
         status = os.lstat(path)
     except OSError as error:
