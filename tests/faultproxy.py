@@ -264,6 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
         for chunk in self._shaped(response, rule):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk) if chunked else chunk)
             logged.bytes += len(chunk)
+        if response.length:  # the upstream broke off
+            raise _Abort
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 

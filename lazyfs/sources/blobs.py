@@ -29,7 +29,7 @@ REFUSED = frozenset(
 )  # what expired signed URLs get: S3, Azure 403; GCS 400; CDNs 404, 410
 MAX_RESOLVES = 3
 
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:\d{1,19}|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 Check = Callable[[Response], str | None]
 
@@ -49,10 +49,27 @@ class Locator(Protocol):
         """The place answered so, with 4xx. True = ask `where()` again; raise or return False = give up."""
 
 
+class _Shorter(ImageError):
+    """The blob has fewer bytes than are asked for."""
+
+    def __init__(self, locator: Locator, end: int) -> None:
+        super().__init__(f"{locator.what}: shorter than {end} bytes", "the registry's copy is damaged")
+
+
+def _longer(locator: Locator, size_bytes: int) -> ImageError:
+    return ImageError(f"{locator.what}: longer than the {size_bytes} bytes the manifest says")
+
+
 def _content_range(headers: Mapping[str, str]) -> tuple[int, int] | None:
     """The half-open range of a Content-Range header."""
     found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
     return (int(found[1]), int(found[2]) + 1) if found else None
+
+
+def _ends_before(headers: Mapping[str, str], end: int) -> bool:
+    """Whether the answer is all there is from where it starts, and the blob ends before `end`."""
+    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    return found is not None and found[3] == str(int(found[2]) + 1) and int(found[3]) < end
 
 
 def _failed(locator: Locator, status: int) -> RemoteError | NotFound:
@@ -65,7 +82,10 @@ def _failed(locator: Locator, status: int) -> RemoteError | NotFound:
 async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes: int) -> bytes:
     """The whole blob. RemoteError or NotFound if it cannot be had, ImageError if it is not what its digest says."""
     for _ in range(2):  # a byte flipped on the way is gone the second time, a wrong blob is not
-        response = await _get(http, locator, {}, size_bytes, None)
+        try:
+            response = await _get(http, locator, {}, size_bytes, None)
+        except BodyTooLarge:
+            raise _longer(locator, size_bytes) from None
         if response.status != 200:
             raise _failed(locator, response.status)
         if len(response.body) == size_bytes and await trio.to_thread.run_sync(
@@ -87,6 +107,8 @@ async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: in
     def check(response: Response) -> str | None:
         if response.status != 206:
             return None
+        if _ends_before(response.headers, end):
+            raise _Shorter(locator, end)
         if _content_range(response.headers) != (start, end) or len(response.body) != end - start:
             return "the server sent another range than asked for"
         return None
@@ -105,7 +127,7 @@ async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: in
     if response.status == 206:
         return response.body
     if response.status == 416:
-        raise ImageError(f"{locator.what}: shorter than {end} bytes", "the registry's copy is damaged")
+        raise _Shorter(locator, end)
     if response.status != 200:
         raise _failed(locator, response.status)
     if not await trio.to_thread.run_sync(digest_matches, response.body, digest):
@@ -113,7 +135,7 @@ async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: in
             f"{locator.what}: the content does not match its digest", "the registry's copy is damaged"
         )
     if len(response.body) < end:
-        raise ImageError(f"{locator.what}: only {len(response.body)} bytes long, {end} are needed")
+        raise _Shorter(locator, end)
     return response.body[start:end]
 
 
@@ -202,6 +224,8 @@ async def _joined(
         skip = 0
     elif response.status == 200:
         skip = position  # ranges ignored: read over what is known
+    elif response.status == 416 or _ends_before(response.headers, size_bytes):
+        raise _Shorter(locator, size_bytes)
     elif response.status == 206:
         raise RemoteError(f"GET {redact(response.url)}: the server sent another range than asked for")
     else:
@@ -215,7 +239,7 @@ async def _joined(
                 skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
             left -= len(chunk)
             if left < 0:
-                raise ImageError(f"{locator.what}: longer than the {size_bytes} bytes the manifest says")
+                raise _longer(locator, size_bytes)
             if pending_bytes + len(chunk) > STREAM_CHUNK_BYTES:
                 yield b"".join(pending)
                 pending, pending_bytes = [], 0

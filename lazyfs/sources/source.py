@@ -19,10 +19,11 @@ __all__ = ["Source", "Sources", "TransferCounters", "open_source"]
 
 
 class Source(Protocol):
-    """A repository or layout. Used by many tasks of one trio run.
+    """A repository or layout. Used by many tasks of one trio run. tests/sources/test_contract.py holds all kinds to it.
 
-    Raises NotFound (is not there), RemoteError (cannot be had), ImageError (is not what its digest says),
-    HostError, UserError. Retries are inside, bounded by the caller's deadline: give each operation one.
+    Raises NotFound (is not there), RemoteError (cannot be had), ImageError (is not what its digest or size says, or
+    the digest is none), HostError, UserError (also: writing to what is read-only). Retries are inside, bounded by
+    the caller's deadline: give each operation one. A cancelled operation leaves the source usable.
     """
 
     counters: TransferCounters
@@ -34,13 +35,13 @@ class Source(Protocol):
         """The whole blob in memory, size and digest verified. The caller caps the size."""
 
     async def blob_range(self, digest: str, start: int, end: int) -> bytes:
-        """Exactly the bytes [start, end) of a blob, not verified."""
+        """Exactly the bytes [start, end) of a blob, not verified; ImageError if it is shorter."""
 
     def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order in pieces of at most 1 MiB; verified after the last piece (ImageError)."""
 
     async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
-        """What was attached to a manifest, of one artifact type."""
+        """What was attached to a manifest, of one artifact type; nothing if there is no such manifest."""
 
     async def push_blob(self, data: bytes) -> Digest:
         """Store a blob unless it is there; returns its digest."""
@@ -49,10 +50,10 @@ class Source(Protocol):
         """Store a manifest under a tag or its digest; returns its digest."""
 
     async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
-        """Store an artifact manifest whose subject is `subject`, findable by `referrers()`."""
+        """Store an artifact manifest whose subject is `subject`, found by `referrers()` once; returns its digest."""
 
     async def aclose(self) -> None:
-        """Release connections and files."""
+        """Release connections and files. Idempotent."""
 
 
 def open_source(

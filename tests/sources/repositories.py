@@ -17,6 +17,7 @@ from lazyfs.sources.connections import Connections
 from lazyfs.sources.failures import RetryPolicy
 from lazyfs.sources.http import HttpClient
 from lazyfs.sources.registry import Registry
+from lazyfs.sources.source import Source
 
 DEADLINE_S = 30.0
 FAST = RetryPolicy(attempts=5, base_s=0.0)
@@ -57,7 +58,7 @@ def login(tmp_path: Path, host: str, user: str, password: str) -> list[str]:
     return [str(path)]
 
 
-async def read_stream(registry: Registry, digest: str, size_bytes: int) -> bytes:
+async def read_stream(source: Source, digest: str, size_bytes: int) -> bytes:
     """The whole of a blob stream."""
-    async with registry.blob_stream(digest, size_bytes) as pieces:
+    async with source.blob_stream(digest, size_bytes) as pieces:
         return b"".join([piece async for piece in pieces])

@@ -13,18 +13,13 @@ import trio
 import trustme
 
 from lazyfs.core.oci import documents, referrers
-from lazyfs.core.oci.digests import DiffId
-from lazyfs.core.oci.documents import Descriptor, Manifest
-from lazyfs.core.oci.reference import parse_reference
-from lazyfs.errors import HostError, ImageError, NotFound, RemoteError
-from lazyfs.sources.access import Access
+from lazyfs.core.oci.documents import Descriptor
+from lazyfs.errors import HostError, RemoteError
 from lazyfs.sources.connections import Connections
-from lazyfs.sources.failures import RetryPolicy
 from lazyfs.sources.http import HttpClient
-from lazyfs.sources.source import open_source
 from tests.conftest import ROOT
 from tests.servers import FaultProxy, RegistryServer, Rule, StaticServer, TokenServer, sha256_digest
-from tests.sources.repositories import BLOB, DEADLINE_S, login, open_registry, read_stream
+from tests.sources.repositories import BLOB, DEADLINE_S, login, open_registry
 
 TYPE = "application/vnd.lazyfs.test.v1"
 DIGEST = sha256_digest(BLOB)
@@ -36,90 +31,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]
     with RegistryServer(tmp_path_factory.mktemp("registry")) as running:
         running.put_image("demo", "latest", [BLOB])
         yield running
-
-
-async def test_pull(server: RegistryServer) -> None:
-    """Manifest by tag and digest, config, ranges and the stream, without any credentials."""
-    async with open_registry(server.host) as registry:
-        raw, media_type = await registry.manifest("latest")
-        manifest = documents.parse_manifest(raw, media_type)
-        assert isinstance(manifest, Manifest)
-        assert await registry.manifest(sha256_digest(raw)) == (raw, media_type)
-        config = await registry.blob(manifest.config.digest, manifest.config.size_bytes)
-        assert documents.parse_config(config).diff_ids == (DiffId(DIGEST),)
-        for start, end in ((0, 1), (5, 70_000), (len(BLOB) - 1, len(BLOB)), (0, len(BLOB)), (9, 9)):
-            assert await registry.blob_range(DIGEST, start, end) == BLOB[start:end]
-        assert await read_stream(registry, DIGEST, len(BLOB)) == BLOB
-        assert registry.counters.bytes_fetched > 2 * len(BLOB) and registry.counters.retries == 0
-
-
-async def test_what_is_missing(server: RegistryServer) -> None:
-    """404 is told at once, with what to do; a range beyond the blob is an error, not a short answer."""
-    async with open_registry(server.host, retry=RetryPolicy(attempts=1)) as registry:
-        for name in ("absent", "sha256:" + "0" * 64):
-            with pytest.raises(NotFound, match="does not exist"):
-                await registry.manifest(name)
-        with pytest.raises(NotFound, match="404"):
-            await registry.blob("sha256:" + "0" * 64, 1)
-        for start in (len(BLOB), len(BLOB) - 1):
-            with pytest.raises((ImageError, RemoteError)):
-                await registry.blob_range(DIGEST, start, len(BLOB) + 1)
-        with pytest.raises(ImageError):
-            await registry.blob_range("sha256:../../x", 0, 1)
-        with pytest.raises((RemoteError, ImageError)):
-            await registry.blob(DIGEST, len(BLOB) - 1)
-        with pytest.raises((RemoteError, ImageError)):
-            await registry.blob(DIGEST, len(BLOB) + 1)
-        assert registry.counters.retries == 0
-
-
-async def test_wrong_digest_is_an_image_error(server: RegistryServer, tmp_path: Path) -> None:
-    """Whatever the registry stores under a digest is checked."""
-    good = b"original content"
-    digest = server.put_blob("damaged", good)
-    manifest = server.put_image("damaged", "latest", [good])
-    for name in (digest, manifest):
-        value = name.removeprefix("sha256:")
-        path = server.blobs_dir / "sha256" / value[:2] / value / "data"
-        path.write_bytes(path.read_bytes().replace(b"o", b"0"))
-    async with open_registry(server.host, "damaged") as registry:
-        with pytest.raises(ImageError, match="digest"):
-            await registry.blob(digest, len(good))
-        with pytest.raises(ImageError, match="digest"):
-            await read_stream(registry, digest, len(good))
-        with pytest.raises((ImageError, RemoteError)):
-            await registry.manifest(manifest)
-
-
-async def test_push_and_attach(server: RegistryServer) -> None:
-    """docker-registry has no referrers API: the fallback tag finds what was attached, old and new."""
-    async with open_registry(server.host, "pushed/deep") as registry:
-        layer = await registry.push_blob(b"layer")
-        assert await registry.push_blob(b"layer") == layer == sha256_digest(b"layer")
-        assert await registry.blob(layer, 5) == b"layer"
-        image = {
-            "schemaVersion": 2,
-            "mediaType": documents.MEDIA_MANIFEST,
-            "config": Descriptor(documents.MEDIA_CONFIG, layer, 5).to_json(),
-            "layers": [Descriptor("application/x.layer", layer, 5).to_json()],
-        }
-        raw = json.dumps(image).encode()
-        digest = await registry.push_manifest(raw, documents.MEDIA_MANIFEST, "v1")
-        assert (await registry.manifest("v1"))[0] == raw == (await registry.manifest(digest))[0]
-        subject = Descriptor(documents.MEDIA_MANIFEST, digest, len(raw))
-        assert await registry.referrers(digest, TYPE) == []
-        await registry.push_blob(b"{}")
-        attached = []
-        for number in range(2):
-            artifact = referrers.build_artifact(TYPE, [Descriptor("a/b", layer, 5)], subject, {"n": str(number)})
-            attached.append(await registry.attach(subject, artifact))
-            assert await registry.attach(subject, artifact) == attached[-1]
-        found = await registry.referrers(digest, TYPE)
-        assert [d.digest for d in found] == attached
-        assert [(d.annotations, d.artifact_type) for d in found] == [({"n": str(n)}, TYPE) for n in range(2)]
-        assert await registry.referrers(digest, "application/other") == []
-        with pytest.raises(ImageError):
-            await registry.attach(Descriptor(documents.MEDIA_MANIFEST, layer, 5), artifact)
 
 
 async def test_attach_to_a_registry_that_tracks_subjects(server: RegistryServer, tmp_path: Path) -> None:
@@ -257,16 +168,6 @@ async def test_tls(tmp_path: Path) -> None:
         async with open_registry(server.host, ca_files=[str(tmp_path / "bad.crt")]) as registry:
             with pytest.raises(HostError, match=r"bad\.crt"):
                 await registry.manifest("latest")
-
-
-async def test_open_source(server: RegistryServer) -> None:
-    """The public way in."""
-    source = open_source(parse_reference(f"{server.host}/demo"), Access(auth_files=()))
-    with trio.fail_after(DEADLINE_S):
-        try:
-            assert (await source.manifest("latest"))[1] == documents.MEDIA_MANIFEST
-        finally:
-            await source.aclose()
 
 
 async def test_no_plain_http_beyond_this_host() -> None:

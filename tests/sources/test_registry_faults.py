@@ -161,17 +161,6 @@ async def test_flipped_byte(proxy: FaultProxy) -> None:
             await read_stream(registry, DIGEST, len(BLOB))
 
 
-async def test_stream_left_early(proxy: FaultProxy) -> None:
-    """Leaving a stream in the middle frees its connection; more streams than connections work one by one."""
-    async with open_registry(proxy.host) as registry:
-        for _ in range(20):
-            async with registry.blob_stream(DIGEST, len(BLOB)) as pieces:
-                async for piece in pieces:
-                    assert BLOB.startswith(piece)
-                    break
-        assert await registry.blob_range(DIGEST, 0, 10) == BLOB[:10]
-
-
 async def test_streams_do_not_starve_ranges(proxy: FaultProxy) -> None:
     """Whoever holds all streams can still fetch ranges."""
     async with open_registry(proxy.host) as registry, trio.open_nursery() as nursery:
