@@ -26,8 +26,8 @@ from lazyfs.tasks import Slots
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 60.0
 # In flight to one origin; streams have as many of their own, so whoever holds a stream can always fetch something
-# else. This is the only limit here (pools have none), and it is by origin, so a silent server holds up nobody but
-# those who ask it. More than 8 gained nothing, and registries limit clients.
+# else. It protects the server, whoever asks it: sources that share connections share this, too. It is the only limit
+# here (pools have none), and it is by origin, so a silent server holds up nobody but those who ask it.
 REQUESTS_AT_ONCE = 8
 MAX_CAUSES = 20
 MAX_REMEMBERED_HOSTS = 256  # a registry and its blob stores are a handful

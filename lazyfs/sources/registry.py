@@ -1,7 +1,7 @@
-"""A repository in a registry, by the OCI distribution API (distribution-spec v1.1).
+"""A repository in a registry as a source: pulling, pushing and attaching by the OCI distribution API.
 
-Requests carry an Authorization header once the registry has asked for one. Where a registry redirects blobs
-to a blob store, the store is asked directly from then on, until it refuses (signed URLs expire).
+Where a registry redirects blobs to a blob store, the store is asked directly from then on, until it refuses
+(signed URLs expire).
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ from lazyfs.core.oci.referrers import add_to_index, listed_as, referrers_tag
 from lazyfs.errors import ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.sources.blobs import fetch_blob, fetch_range, open_blob_stream
 from lazyfs.sources.http import HttpClient, Response, StreamResponse
-from lazyfs.sources.tokens import Authorizer
+from lazyfs.sources.registryapi import MAX_RENEWALS, PULL, PUSH, RegistryApi, unexpected
 from lazyfs.sources.transfer import TransferCounters
-from lazyfs.sources.urls import is_loopback, led_to, origin, redact, split_host
+from lazyfs.sources.urls import led_to
 
-DOCKER_HUB_API = "registry-1.docker.io"
-MAX_RENEWALS = 2  # a token may expire between being fetched and being used; a second refusal is a refusal
 MAX_REFERRER_PAGES = 16
 MAX_REMEMBERED_PLACES = 1024  # blobs whose redirect target is kept; an image has at most 128 layers
 ATTACH_ROUNDS = 5  # others may update the fallback tag at the same time
 
-PULL, PUSH = "pull", "pull,push"
 
 
 class Registry:
-    """One repository. Implements `lazyfs.source.Source`; for many tasks of one trio run; `aclose()` it."""
+    """One repository. Implements `Source`; for many tasks of one trio run; `aclose()` it."""
 
     def __init__(
         self,
@@ -46,14 +43,9 @@ class Registry:
     ) -> None:
         self.counters: TransferCounters = http.counters
         self._http = http
-        self._host = reference.registry
-        self._repository = reference.repository
-        self._auth_files = auth_files
-        self._environ = environ
-        self._authorizer: Authorizer | None = None
-        self._base = ""
+        self._api = RegistryApi(reference, http, auth_files, environ)
+        self._attaching = trio.Lock()
         self._places: dict[str, str] = {}  # digest -> URL a blob was redirected to
-        self._connecting = trio.Lock()
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -66,30 +58,30 @@ class Registry:
 
         Verified if asked for by digest (ImageError). Otherwise hash the bytes: no header is trusted for that.
         """
-        what = f"{self._host}/{self._repository}{'@' if is_digest(reference) else ':'}{reference}"
+        what = f"{self._api.name}{'@' if is_digest(reference) else ':'}{reference}"
         for _ in range(2):
-            answer = await self._call(
+            answer = await self._api.call(
                 "GET", f"manifests/{reference}", {"Accept": documents.ACCEPT}, documents.MAX_MANIFEST_BYTES
             )
             if answer.status == 404:
                 raise NotFound(f"{what} does not exist", "check name and tag")
             if answer.status != 200:
-                raise self._unexpected(answer, f"the manifest {what}")
+                raise unexpected(answer, f"the manifest {what}")
             if not is_digest(reference) or digests.digest_matches(answer.body, reference):
                 return answer.body, answer.headers.get("Content-Type", "").partition(";")[0].strip()
         raise ImageError(f"{what}: the manifest does not match its digest", "the registry's copy is damaged")
 
     async def blob(self, digest: str, size_bytes: int) -> bytes:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
-        return await fetch_blob(self._http, _Place(self, digest), digest, size_bytes)
+        return await fetch_blob(self._http, _Place(self._api, self._places, digest), digest, size_bytes)
 
     async def blob_range(self, digest: str, start: int, end: int) -> bytes:
         """Exactly the bytes [start, end) of a blob. Not verified: the caller knows its blocks' hashes."""
-        return await fetch_range(self._http, _Place(self, digest), digest, start, end)
+        return await fetch_range(self._http, _Place(self._api, self._places, digest), digest, start, end)
 
     def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""
-        return open_blob_stream(self._http, _Place(self, digest), digest, size_bytes)
+        return open_blob_stream(self._http, _Place(self._api, self._places, digest), digest, size_bytes)
 
     async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
         """What was attached to a manifest, of one artifact type, from the referrers API and the fallback tag.
@@ -119,7 +111,7 @@ class Registry:
     async def _from_api(self, subject_digest: str, artifact_type: str) -> AsyncIterator[Descriptor]:
         path = f"referrers/{subject_digest}?{urllib.parse.urlencode({'artifactType': artifact_type})}"
         for _ in range(MAX_REFERRER_PAGES):
-            answer = await self._call("GET", path, {"Accept": documents.MEDIA_INDEX}, documents.MAX_MANIFEST_BYTES)
+            answer = await self._api.call("GET", path, {"Accept": documents.MEDIA_INDEX}, documents.MAX_MANIFEST_BYTES)
             if answer.status != 200:  # 404, 405, 400: this registry has no such API
                 return
             index = documents.parse_manifest(answer.body, answer.headers.get("Content-Type", ""))
@@ -131,7 +123,7 @@ class Registry:
             if 'rel="next"' not in link:
                 return
             target = led_to(answer.url, link.partition("<")[2].partition(">")[0], answer.peer)
-            prefix = f"{self._base}/v2/{self._repository}/"
+            prefix = await self._api.url("")
             if not target.startswith(prefix):
                 return  # nobody else knows what refers to an image of this repository
             path = target.removeprefix(prefix)
@@ -148,7 +140,7 @@ class Registry:
             return None, ()
         index = documents.parse_manifest(raw, media_type)
         if not isinstance(index, documents.ImageIndex):
-            raise ImageError(f"{self._host}/{self._repository}:{tag} is not a list of referrers")
+            raise ImageError(f"{self._api.name}:{tag} is not a list of referrers")
         return raw, index.manifests
 
     # -- push --------------------------------------------------------------------------------------------
@@ -156,7 +148,7 @@ class Registry:
     async def push_blob(self, data: bytes) -> Digest:
         """Store a blob, unless it is there; returns its digest. Safe to repeat."""
         digest = await trio.to_thread.run_sync(digests.sha256_digest, data)
-        if (await self._call("HEAD", f"blobs/{digest}", actions=PUSH)).status == 200:
+        if (await self._api.call("HEAD", f"blobs/{digest}", actions=PUSH)).status == 200:
             return digest
         attempt = 0
         while True:
@@ -173,16 +165,16 @@ class Registry:
 
     async def _upload(self, digest: Digest, data: bytes) -> None:
         """One upload in two requests (POST then PUT, the form every registry takes)."""
-        begun = await self._call("POST", "blobs/uploads/", actions=PUSH, content=b"")
+        begun = await self._api.call("POST", "blobs/uploads/", actions=PUSH, content=b"")
         if begun.status != 202 or "Location" not in begun.headers:
-            raise self._unexpected(begun, "an upload")
+            raise unexpected(begun, "an upload")
         place = led_to(begun.url, begun.headers["Location"], begun.peer)
         place += ("&" if "?" in place else "?") + urllib.parse.urlencode({"digest": digest})
         headers = {"Content-Type": "application/octet-stream"}
-        done = await self._call("PUT", place, headers, actions=PUSH, content=data, retry=False)
+        done = await self._api.call("PUT", place, headers, actions=PUSH, content=data, retry=False)
         if done.status != 201:
             # 404 and 416: the session is gone, or has bytes of a broken attempt.
-            raise self._unexpected(done, f"the upload of {digest}", temporary=done.status in (404, 416))
+            raise unexpected(done, f"the upload of {digest}", temporary=done.status in (404, 416))
 
     async def push_manifest(self, data: bytes, media_type: str, reference: str | None = None) -> Digest:
         """Store a manifest under a tag, or its digest if `reference` is None; returns the digest."""
@@ -193,157 +185,69 @@ class Registry:
     ) -> tuple[Digest, Response]:
         digest = digests.sha256_digest(data)
         path = f"manifests/{reference or digest}"
-        answer = await self._call("PUT", path, {"Content-Type": media_type}, actions=PUSH, content=data)
+        answer = await self._api.call("PUT", path, {"Content-Type": media_type}, actions=PUSH, content=data)
         if answer.status not in (200, 201, 202):
-            raise self._unexpected(answer, f"the manifest {reference or digest}")
+            raise unexpected(answer, f"the manifest {reference or digest}")
         return digest, answer
 
     async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Push an artifact manifest whose subject is `subject`; returns its digest.
 
-        If the registry does not keep track of subjects, the fallback tag is updated; a concurrent update by
-        somebody else is noticed by reading it again. Its blobs must have been pushed.
+        If the registry does not keep track of subjects, the fallback tag is updated, one attachment after the other;
+        an update by somebody else in between is noticed by reading it again, unless it comes later still (there is
+        no atomic one). Its blobs must have been pushed.
         """
         own = listed_as(manifest, subject)
         digest, answer = await self._put_manifest(manifest, own.media_type, None)
-        if "OCI-Subject" in answer.headers:
-            return digest
-        tag = referrers_tag(subject.digest)
-        for attempt in range(ATTACH_ROUNDS):
+        if "OCI-Subject" not in answer.headers:
+            async with self._attaching:
+                await self._list(own, referrers_tag(subject.digest))
+        return digest
+
+    async def _list(self, own: Descriptor, tag: str) -> None:
+        """Puts an entry into the index at a referrers fallback tag."""
+        for attempt in range(ATTACH_ROUNDS + 1):
             raw, entries = await self._fallback_index(tag)
-            if any(entry.digest == digest for entry in entries):
-                return digest
+            if any(entry.digest == own.digest for entry in entries):
+                return
+            if attempt == ATTACH_ROUNDS:
+                raise RemoteError(f"{self._api.name}:{tag} is being changed by others", "try again")
             if attempt:
                 await trio.sleep(self._http.retry.delay_s(attempt))
             await self._put_manifest(add_to_index(raw, own), documents.MEDIA_INDEX, tag)
-        if any(entry.digest == digest for entry in (await self._fallback_index(tag))[1]):
-            return digest
-        raise RemoteError(f"{self._host}/{self._repository}:{tag} is being changed by others", "try again")
-
-    # -- requests ----------------------------------------------------------------------------------------
-
-    async def _connect(self) -> str:
-        """Find the scheme once; returns "scheme://host".
-
-        https, except for hosts where plain http is allowed: this machine (asked by http first, since making a
-        TLS context takes longer than asking) and any with `insecure` (https first).
-        """
-        if self._base:
-            return self._base
-        async with self._connecting:
-            if not self._base:
-                host = DOCKER_HUB_API if self._host == "docker.io" else self._host
-                base = f"https://{host}"
-                if is_loopback(split_host(host)):
-                    base = await self._probe(f"http://{host}", base)
-                elif self._http.insecure:
-                    base = await self._probe(base, f"http://{host}")
-                self._authorizer = Authorizer(
-                    self._http, base, self._host, self._repository, self._auth_files, self._environ
-                )
-                self._base = base
-        return self._base
-
-    async def _probe(self, first: str, second: str) -> str:
-        """`first`, unless the server does not speak its scheme. No credentials are sent."""
-        try:
-            answer = await self._http.send("GET", f"{first}/v2/", retry=False)
-        except RemoteError:
-            return second if first.startswith("https:") else first
-        # Go and nginx answer 400 to plain http on their https port.
-        return second if answer.status == 400 else first
-
-    async def _url(self, path: str) -> str:
-        return f"{await self._connect()}/v2/{self._repository}/{path}"
-
-    async def _headers(self, url: str, actions: str) -> dict[str, str]:
-        """The Authorization header, for URLs of the registry itself only."""
-        assert self._authorizer is not None
-        if origin(url) != origin(self._base):
-            return {}
-        header = await self._authorizer.header(actions)
-        return {"Authorization": header} if header else {}
-
-    async def _call(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str] | None = None,
-        max_body_bytes: int = 1 << 16,
-        *,
-        actions: str = PULL,
-        content: bytes | None = None,
-        retry: bool = True,
-    ) -> Response:
-        """A request to the API below the repository, or to a whole URL; logs in when asked to."""
-        url = path if "://" in path.partition("?")[0] else await self._url(path)
-        for renewals in range(MAX_RENEWALS + 1):
-            authorization = await self._headers(url, actions)
-            answer = await self._http.send(
-                method, url, headers={**(headers or {}), **authorization}, content=content,
-                max_body_bytes=max_body_bytes, retry=retry,
-            )  # fmt: skip
-            if answer.status != 401 or renewals == MAX_RENEWALS:
-                break
-            await self._renew(actions, authorization, answer)
-        if answer.status in (401, 403):
-            assert self._authorizer is not None
-            raise self._authorizer.denied()
-        return answer
-
-    async def _renew(self, actions: str, sent: Mapping[str, str], refusal: Response | StreamResponse) -> None:
-        assert self._authorizer is not None
-        await self._authorizer.renew(actions, sent.get("Authorization"), refusal)
-
-    def _unexpected(self, answer: Response, what: str, *, temporary: bool = False) -> RemoteError | NotFound:
-        """The error for a status that the API does not foresee, with the registry's own code if any."""
-        code = ""
-        try:
-            errors = documents.load_json(answer.body, "the answer").get("errors")
-            code = str(errors[0]["code"])[:40] if isinstance(errors, list) else ""
-        except (ImageError, LookupError, TypeError):
-            pass
-        shown = f" {code}" if code.isprintable() and code else ""
-        message = f"{what}: {redact(answer.url)} answered {answer.status}{shown}"
-        hint = "check the name and the registry's settings"
-        if answer.status == 404 and not temporary:
-            return NotFound(message, hint)
-        return RemoteError(message, hint, temporary=temporary)
 
 
 class _Place:
-    """Where a blob is (download.Locator): at the API, or where that redirected to last time."""
+    """Where a blob is (blobs.Locator): at the API, or where that redirected to last time, by `places`."""
 
-    def __init__(self, registry: Registry, digest: str) -> None:
+    def __init__(self, api: RegistryApi, places: dict[str, str], digest: str) -> None:
         digests.parse_digest(digest)
-        self.what = f"blob {digest} of {registry._host}/{registry._repository}"
-        self._registry = registry
+        self.what = f"blob {digest} of {api.name}"
+        self._api = api
+        self._places = places
         self._digest = digest
         self._sent: dict[str, str] = {}
         self._asked = ""
         self._renewals = 0
 
     async def where(self) -> tuple[str, dict[str, str]]:
-        registry = self._registry
-        self._asked = registry._places.get(self._digest) or await registry._url(f"blobs/{self._digest}")
-        self._sent = await registry._headers(self._asked, PULL)
+        self._asked = self._places.get(self._digest) or await self._api.url(f"blobs/{self._digest}")
+        self._sent = await self._api.headers(self._asked, PULL)
         return self._asked, self._sent
 
     def came_from(self, url: str) -> None:
-        places = self._registry._places
-        if url != self._asked and len(places) < MAX_REMEMBERED_PLACES:
-            places[self._digest] = url
+        if url != self._asked and len(self._places) < MAX_REMEMBERED_PLACES:
+            self._places[self._digest] = url
 
     async def refused(self, answer: Response | StreamResponse) -> bool:
-        registry = self._registry
         # Another task may have found a new place meanwhile: forget only the one that refused.
-        if registry._places.get(self._digest) == self._asked:
-            del registry._places[self._digest]
+        if self._places.get(self._digest) == self._asked:
+            del self._places[self._digest]
             return True
         if answer.status == 401 and self._renewals < MAX_RENEWALS:
             self._renewals += 1
-            await registry._renew(PULL, self._sent, answer)
+            await self._api.renew(PULL, self._sent, answer)
             return True
-        if answer.status in (401, 403) and registry._authorizer is not None:
-            raise registry._authorizer.denied()
+        if answer.status in (401, 403):
+            raise self._api.denied()
         return False

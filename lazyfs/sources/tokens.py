@@ -20,7 +20,7 @@ from lazyfs.errors import RemoteError
 from lazyfs.sources.challenges import parse_challenge
 from lazyfs.sources.credentials import Credentials, find_credentials
 from lazyfs.sources.http import HttpClient, Response, StreamResponse
-from lazyfs.sources.urls import may_lead, origin, redact
+from lazyfs.sources.urls import may_lead, redact
 
 MAX_TOKEN_BYTES = 1 << 20  # of the token server's answer; tokens themselves are a few KiB
 MAX_TOKEN_CHARS = 16 << 10  # servers refuse longer headers anyway
@@ -53,14 +53,12 @@ class Authorizer:
     def __init__(
         self,
         http: HttpClient,
-        base_url: str,
         registry: str,
         repository: str,
         auth_files: Sequence[str] | None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._http = http
-        self._base_url = base_url
         self._registry = registry
         self._repository = repository
         self._auth_files = auth_files
@@ -79,7 +77,7 @@ class Authorizer:
         return await self.renew(actions, grant.header, None)
 
     async def renew(self, actions: str, used: str | None, refusal: Response | StreamResponse | None) -> str:
-        """A new header after the server refused `used` with this answer, or (None) as it expires.
+        """A new header after the registry itself refused `used` with this answer, or (None) as it expires.
 
         Many requests may meet the 401 at once: the first fetches, the others get what it fetched. RemoteError
         (not temporary) if access is denied.
@@ -89,7 +87,8 @@ class Authorizer:
             if grant is not None and grant.header != used and trio.current_time() < grant.renew_at_s:
                 return grant.header
             if refusal is not None:
-                self._challenges[actions] = self._challenge(refusal)
+                scheme, parameters = parse_challenge(refusal.headers.get("WWW-Authenticate", ""))
+                self._challenges[actions] = _Challenge(scheme, parameters, refusal.url, refusal.peer)
             challenge = self._challenges[actions]
             if not self._looked_up:
                 self._credentials = await find_credentials(
@@ -108,12 +107,6 @@ class Authorizer:
                 )
             self._grants[actions] = grant
             return grant.header
-
-    def _challenge(self, refusal: Response | StreamResponse) -> _Challenge:
-        if origin(refusal.url) != origin(self._base_url):
-            raise self.denied()  # the login is the registry's, not that of whom it redirects to
-        scheme, parameters = parse_challenge(refusal.headers.get("WWW-Authenticate", ""))
-        return _Challenge(scheme, parameters, refusal.url, refusal.peer)
 
     def denied(self) -> RemoteError:
         """The error for a server that goes on refusing."""

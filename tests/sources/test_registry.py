@@ -76,7 +76,6 @@ async def test_bearer_single_flight(tmp_path: Path) -> None:
         server.put_image("demo", "latest", [BLOB])
         files = login(tmp_path, server.host, "me", "secret")
         async with open_registry(server.host, auth_files=files) as registry:
-            await registry._connect()
             async with trio.open_nursery() as nursery:
                 for _ in range(20):
                     nursery.start_soon(registry.blob_range, DIGEST, 0, 10)
@@ -89,8 +88,7 @@ async def test_bearer_single_flight(tmp_path: Path) -> None:
                 "pull",
                 "push",
             }
-            assert registry._authorizer is not None
-            registry._authorizer._grants["pull"].renew_at_s = trio.current_time()
+            registry._api._authorizer._grants["pull"].renew_at_s = trio.current_time()
             async with trio.open_nursery() as nursery:
                 for _ in range(5):
                     nursery.start_soon(registry.blob_range, DIGEST, 0, 10)

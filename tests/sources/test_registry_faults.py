@@ -61,7 +61,7 @@ async def test_lasting_faults(proxy: FaultProxy, rule: Rule) -> None:
     """After five tries: who, what, how often, and what to do."""
     rule.times = None
     async with open_registry(proxy.host) as registry:
-        await registry._connect()
+        await registry.manifest("latest")  # connects
         proxy.rules = [rule]
         with pytest.raises(RemoteError) as caught:
             await registry.blob_range(DIGEST, 0, 100)
@@ -91,7 +91,7 @@ async def test_restarted_server(proxy: FaultProxy) -> None:
 async def test_deadline_ends_a_stall(proxy: FaultProxy) -> None:
     """A server that stops in the middle: the caller's deadline holds, and the client is usable afterwards."""
     async with open_registry(proxy.host) as registry:
-        await registry._connect()
+        await registry.manifest("latest")  # connects
         proxy.rules = [Rule("stall", path=BLOBS, after_bytes=50)]
         with trio.move_on_after(0.2) as scope:
             await registry.blob_range(DIGEST, 0, 100_000)
@@ -102,7 +102,7 @@ async def test_deadline_ends_a_stall(proxy: FaultProxy) -> None:
 async def test_read_timeout(proxy: FaultProxy) -> None:
     """Without a deadline of the caller, silence ends an attempt, and the next one may succeed."""
     async with open_registry(proxy.host, patience_s=0.2) as registry:
-        await registry._connect()
+        await registry.manifest("latest")  # connects
         proxy.rules = [Rule("stall", path=BLOBS), Rule("stall", path=BLOBS, after_bytes=9)]
         assert await registry.blob_range(DIGEST, 0, 1000) == BLOB[:1000]
         assert registry.counters.retries == 2
@@ -111,7 +111,7 @@ async def test_read_timeout(proxy: FaultProxy) -> None:
 async def test_no_waiting_beyond_the_deadline(proxy: FaultProxy) -> None:
     """When the server wants more patience than the caller has, the error comes now, with the reason."""
     async with open_registry(proxy.host) as registry:
-        await registry._connect()
+        await registry.manifest("latest")  # connects
         for seconds in ("3", "86400"):
             proxy.rules = [Rule("status", status=429, headers={"Retry-After": seconds}, times=None)]
             with trio.fail_after(2), pytest.raises(RemoteError, match="429") as caught:
@@ -197,7 +197,7 @@ async def test_redirect_to_a_blob_store(server: RegistryServer, proxy: FaultProx
     """Followed once, then asked directly; resolved again when refused; no credentials travel along."""
     with FaultProxy(server) as store:
         async with open_registry(proxy.host) as registry:
-            await registry._connect()
+            await registry.manifest("latest")  # connects
             redirect = Rule("redirect", path=BLOBS, times=None, location=store.url)
             proxy.rules = [redirect]
             for start in range(3):
@@ -278,7 +278,7 @@ async def test_lost_update_of_the_fallback_tag(proxy: FaultProxy, server: Regist
 async def test_referrers_need_one_answer(proxy: FaultProxy) -> None:
     """One of API and fallback tag may fail; both failing is an error."""
     async with open_registry(proxy.host) as registry:
-        await registry._connect()
+        await registry.manifest("latest")  # connects
         proxy.rules = [Rule("status", status=503, path="/referrers/", times=None)]
         assert await registry.referrers(DIGEST, "a/b") == []
         proxy.rules.append(Rule("status", status=503, path="/manifests/", times=None))
@@ -322,7 +322,7 @@ async def test_proxy_variables(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatc
 async def test_abandoned_requests_leave_no_connections(proxy: FaultProxy) -> None:
     """Many requests that were given up in the middle do not use up the pool."""
     async with open_registry(proxy.host) as registry:
-        await registry._connect()
+        await registry.manifest("latest")  # connects
         for _ in range(4):
             proxy.rules = [Rule("stall", path=BLOBS, after_bytes=50, times=None)]
             with trio.move_on_after(0.1):
