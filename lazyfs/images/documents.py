@@ -83,7 +83,7 @@ async def find_index(cache: BlockCache, resolved: Resolved, *, offline: bool = F
 
 
 async def _artifact(source: Source, digest: str) -> tuple[bytes, str]:
-    """The index blob of an artifact, and the digest of its windows blob. Raises ImageError, RemoteError."""
+    """The index blob of an artifact, and the digest of its windows blob. Raises NotFound, ImageError, RemoteError."""
     raw, media_type = await source.manifest(digest)
     artifact = parse_manifest(raw, media_type)
     if not isinstance(artifact, Manifest) or not artifact.layers or artifact.layers[0].media_type != INDEX_MEDIA_TYPE:

@@ -205,7 +205,7 @@ async def test_web_layout(pulled: Path, tmp_path: Path) -> None:
             assert await source.blob_range(DIGEST, 100, 50_000) == BLOB[100:50_000]
             assert source.counters.retries == 2
         async with opened(f"oci+{web.url}/absent") as source:
-            with pytest.raises(NotFound, match="404"):
+            with pytest.raises(NotFound, match="answered 404"):
                 await source.manifest("")
 
 
