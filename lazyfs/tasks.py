@@ -1,4 +1,4 @@
-"""Tasks that succeed or fail together, failing with one error instead of a group of them; slots by key."""
+"""Tasks that succeed or fail together, and then with one error instead of a group; slots by key."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MAX_IDLE_KEYS = 256  # a daemon asks a handful of hosts
 
 
 class Slots:
-    """A semaphore of `number` for each key. Those at rest are forgotten when there are many."""
+    """A semaphore of `number` for each key. Unused ones are dropped when there are many."""
 
     def __init__(self, number: int) -> None:
         self._number = number
         self._semaphores: dict[Hashable, trio.Semaphore] = {}
 
     def of(self, key: Hashable) -> trio.Semaphore:
-        """Enter it at once: there must be no checkpoint in between."""
+        """The semaphore of `key`. Enter it before the next checkpoint, or it may be dropped."""
         if len(self._semaphores) >= _MAX_IDLE_KEYS:
             used = {one: slots for one, slots in self._semaphores.items() if slots.value < self._number}
             self._semaphores = used
@@ -29,10 +29,8 @@ class Slots:
 
 
 async def together(*tasks: Callable[[], Awaitable[object]], at_most: int | None = None) -> None:
-    """Runs all `tasks` at once (or `at_most` at a time). The first failure cancels the others and is raised
-    itself.
-
-    Several failures at the same moment: the first one is raised, the others are its context.
+    """Runs all `tasks` at once (or `at_most` at a time). The first failure cancels the others and is raised by itself,
+    not in a group.
     """
     limiter = trio.CapacityLimiter(at_most) if at_most is not None else None
 
@@ -51,9 +49,9 @@ async def together(*tasks: Callable[[], Awaitable[object]], at_most: int | None 
         raise _first(group) from None
 
 
-async def beside(background: Callable[[], Awaitable[object]], work: Callable[[], Awaitable[_T]]) -> _T:
-    """The result of `work`; meanwhile, and not longer, `background` runs. A failure of either is raised as
-    itself.
+async def beside(work: Callable[[], Awaitable[_T]], *, background: Callable[[], Awaitable[object]]) -> _T:
+    """The result of `work`. `background` runs meanwhile and is cancelled in the end. A failure of either is raised by
+    itself, not in a group.
     """
     results: list[_T] = []
     try:
@@ -67,9 +65,7 @@ async def beside(background: Callable[[], Awaitable[object]], work: Callable[[],
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """A leaf of the group: one of our own errors if there is one, else a real one rather than a
-    cancellation.
-    """
+    """A leaf of the group: one of our own errors if there is one, else any error rather than a cancellation."""
     known, _ = group.split(LazyfsError)
     _, real = group.split(trio.Cancelled)
     error: BaseException = known or real or group

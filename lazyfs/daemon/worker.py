@@ -224,7 +224,7 @@ class Daemon:
 
         try:
             with trio.fail_after(limit_s):
-                await beside(functools.partial(_reassure, stream, request.image), opening)
+                await beside(opening, background=functools.partial(_reassure, stream, request.image))
         except BaseException as error:
             if opened and not isinstance(opened[0], Missing):  # at the very moment when the client went away
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):

@@ -1,12 +1,9 @@
-"""A gzip layer, decoded once from start to end, noting where it can be entered later.
+"""Decodes a gzip layer once from start to end and notes where it can be entered later.
 
-zlib tells where deflate blocks begin (zstream.py).
-
-Every block boundary is a possible entry point, but costs a window in the index. So of the boundaries between
-MIN_SPAN_BYTES and MAX_SPAN_BYTES behind the last entry point the one is chosen whose data refers least to what
-is before it. Measured on a Debian layer of 110 MB: 349 entry points with 0.46 MB of windows, where one each MiB
-gives 279 with 0.52 MB. The start of a member (RFC 1952) costs no window: it becomes an entry point if the last one
-is FRAME_SPAN_BYTES behind.
+zlib says where deflate blocks begin (zstream.py). Every block boundary is a possible entry point, but costs a window
+in the index. So each entry point is the boundary, between MIN_SPAN_BYTES and MAX_SPAN_BYTES behind the one before,
+whose data refers least to what precedes it: more entry points with smaller windows than one each MiB. The start of a
+member (RFC 1952) costs no window and becomes an entry point if the one before is FRAME_SPAN_BYTES behind.
 """
 
 from __future__ import annotations
@@ -28,19 +25,19 @@ from lazyfs.core.layer.spans import (
     Point,
     PointKind,
 )
-from lazyfs.decoding.thinning import PROBE_BYTES, Thinner
+from lazyfs.decoding.trimming import PROBE_BYTES, WindowTrimmer
 from lazyfs.decoding.zstream import DeflateError, ZStream
 from lazyfs.errors import ImageError
 
 CHUNK_BYTES = 1 << 20
-# How much behind a boundary is decoded to judge it, and of how many compressed bytes at most.
+# To judge a boundary, so many plain bytes behind it are decoded, from so many compressed bytes at most.
 _JUDGED_BYTES = 8192
 _JUDGED_BLOB_BYTES = 12288
-# Windows kept before they are packed, a multiple of two groups: none has to be waited for by then.
+# Half of so many windows are packed at a time. A multiple of two groups, and large enough that packing need not wait.
 _MAX_WAITING_WINDOWS = 32 * WINDOWS_PER_GROUP
-# A boundary with so few references is not worth bettering.
+# No better boundary is looked for once one has so few references.
 _GOOD_REFERENCES = 64
-# Boundaries nearer to each other than this are alike.
+# Boundaries nearer to each other than this do not differ enough to judge both.
 _JUDGED_APART_BYTES = 64 * 1024
 
 
@@ -50,21 +47,21 @@ class _Candidate:
 
     point: Point
     window: bytes
-    behind: bytearray  # the blob from there on
-    references: int  # of the next _JUDGED_BYTES, how many bytes depend on the window
+    behind: bytearray  # the blob from there on, up to PROBE_BYTES
+    references: int  # how many of the next _JUDGED_BYTES depend on the window
 
 
 class GzipInflater:
-    """A gzip layer of one or many members. The points depend on the blob alone if it is fed in equal chunks."""
+    """A gzip layer of one or many members. Its points depend on the blob alone if all chunks fed have one size."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []  # complete after finish()
         self.window_groups: list[bytes] = []
-        self._thinner = Thinner()
-        self._windows: list[Future[bytes]] = []  # not packed yet
+        self._trimmer = WindowTrimmer()
+        self._windows: list[Future[bytes]] = []  # waiting to be packed
         self._stream = ZStream(raw=False)
-        self._judge = ZStream(raw=True)  # only this thread's
-        # The first 32 KiB hold what was put out before: the window of a boundary is always at hand.
+        self._judge = ZStream(raw=True)
+        # The first 32 KiB repeat the output before, so that the window of a boundary always lies in the buffer.
         self._out = bytearray(WINDOW_BYTES + CHUNK_BYTES)
         self._out_address = ctypes.addressof(ctypes.c_char.from_buffer(self._out))
         self._end = self._given = WINDOW_BYTES  # bytes decoded into / handed out of the buffer
@@ -75,21 +72,22 @@ class GzipInflater:
         self._padding = False
         self._entries: list[Point] = []
         self._milestones: list[Point] = []
-        self._judged_tar = 0  # the last boundary that was looked at
+        self._judged_tar = 0  # the last boundary that was judged
         self._best: _Candidate | None = None  # since the last entry point
-        self._chosen: _Candidate | None = None  # an entry point whose window is not sparse yet
+        self._chosen: _Candidate | None = None  # the last entry point, while its window is not trimmed
 
     def close(self) -> None:
-        """Ends what runs beside it. May be called twice."""
-        self._thinner.close()
+        """Ends the trimmer's thread and process. May be called twice."""
+        self._trimmer.close()
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Plain bytes that follow from the next bytes of the blob. Raises ImageError."""
         source = ctypes.c_char_p(chunk)
         base = ctypes.cast(source, ctypes.c_void_p).value or 0
         at = 0
-        for candidate in {id(one): one for one in (self._best, self._chosen) if one is not None}.values():
-            candidate.behind += chunk[: max(0, PROBE_BYTES - len(candidate.behind))]
+        for candidate in (self._best, self._chosen):  # never the same one: see _choose
+            if candidate is not None:
+                candidate.behind += chunk[: max(0, PROBE_BYTES - len(candidate.behind))]
         while True:
             if self._member_ended:
                 if at == len(chunk):
@@ -111,13 +109,13 @@ class GzipInflater:
             yield self._take()
 
     def _pad(self, rest: bytes) -> None:
-        """Zeros behind the last member, as gzip(1) accepts them; nothing else may follow them."""
+        """Accepts zeros behind the last member, as gzip(1) does, and nothing behind them."""
         self._padding = True
         if rest.strip(b"\0"):
             raise ImageError(f"the gzip layer has garbage behind its data, after {self._blob_bytes} bytes")
 
     def _step(self, chunk: bytes, base: int, at: int) -> tuple[int, bool]:
-        """One call of inflate, up to the next block boundary at most. New position, and whether to go on."""
+        """Calls inflate once, up to the next block boundary at most. Returns the new position, and whether to go on."""
         try:
             step = self._stream.step(
                 base + at, len(chunk) - at, self._out_address + self._end, len(self._out) - self._end
@@ -136,10 +134,10 @@ class GzipInflater:
         return at, not stuck and (at < len(chunk) or self._end == len(self._out) or self._member_ended)
 
     def _note_block(self, chunk: bytes, at: int, unused_bits: int) -> None:
-        """A block begins here: `unused_bits` before byte `at` of the chunk."""
+        """Notes that a block begins `unused_bits` before byte `at` of the chunk."""
         first = at - 1 if unused_bits else at
         if first < 0:
-            return  # the block begins in the chunk before: the next boundary will do
+            return  # the block begins in the chunk before: take the next boundary
         shift = (8 - unused_bits) % 8
         place = (self._blob_bytes + first, self._tar_bytes, shift)
         if not self._entries:
@@ -159,11 +157,11 @@ class GzipInflater:
             self._judged_tar = self._tar_bytes
             self._best = self._better(place, chunk, first)
         while self._tar_bytes - self._entries[-1].tar >= MAX_SPAN_BYTES:
-            # Twice where the best one lies that far back: blocks of many megabytes.
+            # A second time if the best one lies far back: between blocks of many megabytes.
             self._choose(self._best or self._better(place, chunk, first))
 
     def _better(self, place: tuple[int, int, int], chunk: bytes, first: int) -> _Candidate:
-        """This boundary, or the best one since the last entry point if that is no worse."""
+        """The best boundary since the last entry point, this one included; the earlier of two equal ones."""
         valid = min(WINDOW_BYTES, self._tar_bytes)
         window = bytes(self._out[self._end - valid : self._end])
         references = _references(self._judge, place[2], window, chunk[first : first + _JUDGED_BLOB_BYTES])
@@ -174,24 +172,24 @@ class GzipInflater:
 
     def _choose(self, candidate: _Candidate) -> None:
         """Makes a boundary the next entry point."""
-        self._resolve()
+        self._trim_chosen()
         self._entries.append(candidate.point)
         if candidate.point.kind is PointKind.ENTRY_WITH_WINDOW:
             self._chosen = candidate
         self._best = None
 
-    def _resolve(self) -> None:
-        """Turns the window of the last entry point into a sparse one; what it needs has come long since."""
+    def _trim_chosen(self) -> None:
+        """Has the window of the last entry point trimmed. The blob behind it was fed long ago."""
         if self._chosen is None:
             return
         chosen = self._chosen
-        self._windows.append(self._thinner.submit(chosen.point.shift, chosen.window, bytes(chosen.behind)))
+        self._windows.append(self._trimmer.submit(chosen.point.shift, chosen.window, bytes(chosen.behind)))
         self._chosen = None
         if len(self._windows) == _MAX_WAITING_WINDOWS:
             self._pack(_MAX_WAITING_WINDOWS // 2)
 
     def _pack(self, count: int) -> None:
-        """Stores the first `count` windows."""
+        """Packs the first `count` waiting windows."""
         self.window_groups += pack_windows([job.result() for job in self._windows[:count]])
         del self._windows[:count]
 
@@ -209,10 +207,10 @@ class GzipInflater:
         if not self._member_ended:
             raise ImageError("the gzip layer is cut short")
         if self._chosen is not None and self._chosen.point.tar == self._tar_bytes:
-            self._chosen = None  # no data behind it: the point is left out, and so is its window
-        self._resolve()
+            self._chosen = None  # no data follows: neither the point nor its window is stored
+        self._trim_chosen()
         self._pack(len(self._windows))
-        self._thinner.close()
+        self._trimmer.close()
         merged = {point.tar: point for point in (*self._milestones, *self._entries)}
         points = (point for point in merged.values() if point.tar < self._tar_bytes)
         self.points = sorted(points, key=lambda point: point.tar)
@@ -220,8 +218,8 @@ class GzipInflater:
 
 
 def _references(stream: ZStream, shift: int, window: bytes, behind: bytes) -> int:
-    """How many of the next _JUDGED_BYTES depend on the window; all of them if that cannot be told."""
-    if not behind:  # the boundary is where the chunk ends
+    """How many of the next _JUDGED_BYTES depend on the window; all of them if that is unknown."""
+    if not behind:  # the chunk ends at the boundary
         return _JUDGED_BYTES
     entered = deflate.entered(shift, behind)
     try:

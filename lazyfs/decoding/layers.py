@@ -1,7 +1,6 @@
-"""Compressed layers to plain bytes: the whole stream once, noting entry points; later, any span on its own.
+"""Decodes whole layers in order and notes their entry points. Spans on their own: span.py. Gzip layers: gzipscan.py.
 
-isal decodes a span of a gzip layer three times as fast as zlib (measured: 7 against 22 ms for 4.2 MB);
-backports.zstd is Python 3.14's own zstd module. How gzip layers are scanned is in gzipscan.py.
+isal decodes spans of gzip layers three times as fast as zlib; backports.zstd is Python 3.14's own zstd module.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ CHUNK_BYTES = 1 << 20
 IsalError = cast("type[Exception]", isal_zlib.error)  # the package's stubs declare an instance
 # Largest window a zstd layer may ask for: RFC 8878 recommends 8 MiB, `zstd --long` writes 128 MiB.
 _ZSTD_WINDOW_LOG = 27
-# What follows a frame or member is handed back as a copy: small pieces keep layers of many small ones linear.
+# A decoder returns what follows a frame or member as a copy: small pieces keep layers of many small frames linear.
 PIECE_BYTES = 64 * 1024
 
 
 class LayerInflater(Protocol):
-    """Decodes a whole layer blob in order. Afterwards its spans are described by
+    """Decodes a whole layer blob in order. Afterwards these describe its spans:
 
     points: entry points and milestones, as core/layer/spans.py takes them,
-    window_groups: the windows they need, packed (core/index/blob.py): a bomb of spans stays small in memory.
+    window_groups: the windows they need, packed (core/index/windows.py), so that a bomb of spans stays small in memory.
     """
 
     points: list[Point]
@@ -40,20 +39,20 @@ class LayerInflater(Protocol):
         """Call once at the end of the blob; raises ImageError if it is cut short."""
 
     def close(self) -> None:
-        """Call at last, whatever happened; again if you like. May take milliseconds."""
+        """Always call it in the end; a second call does nothing. May take milliseconds."""
 
 
 def layer_inflater(compression: Compression) -> LayerInflater:
-    """The inflater for a layer stored that way. Close it."""
+    """The inflater for a layer stored that way. The caller closes it."""
     if compression is Compression.GZIP:
-        from lazyfs.decoding.gzipscan import GzipInflater  # a daemon needs none of it
+        from lazyfs.decoding.gzipscan import GzipInflater  # here, because a daemon does not need it
 
         return GzipInflater()
     return ZstdInflater() if compression is Compression.ZSTD else PlainInflater()
 
 
 class PlainInflater:
-    """An uncompressed layer: there is nothing to do, and nothing to note."""
+    """An uncompressed layer: nothing to decode, no points to note."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
@@ -70,7 +69,7 @@ class PlainInflater:
 
 
 class ZstdInflater:
-    """One or many zstd frames (RFC 8878), skippable ones between them. A span is a group of whole frames."""
+    """One or many zstd frames (RFC 8878), perhaps skippable ones between them. A span is a group of whole frames."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
@@ -99,7 +98,7 @@ class ZstdInflater:
 
     def _note_start(self, blob_start: int) -> None:
         if self.points and self._tar_bytes == self.points[-1].tar:
-            return  # only a skippable or empty frame since: the span before begins here just as well
+            return  # only skippable or empty frames since the last point: it serves for this frame, too
         if not self.points or self._tar_bytes - self.points[-1].tar >= FRAME_SPAN_BYTES:
             self.points.append(Point(blob_start, self._tar_bytes, 0, PointKind.ENTRY))
 

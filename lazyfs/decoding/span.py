@@ -13,10 +13,10 @@ from lazyfs.errors import ImageError
 
 
 class SpanDecoder:
-    """Decodes one span. Feed the blob's bytes of the span in order; get exactly its plain bytes.
+    """Decodes one span: takes the blob's bytes of the span in order and gives exactly its plain bytes.
 
-    Raises ImageError for data that does not decode, or decodes to less than the span's length; what follows
-    the span's plain bytes is ignored. Output comes in pieces of at most CHUNK_BYTES.
+    Output comes in pieces of at most CHUNK_BYTES; plain bytes behind the span are ignored. Raises ImageError if the
+    data does not decode, or decodes to less than the span.
     """
 
     def __init__(self, compression: Compression, span: Span, window: bytes = b"") -> None:
@@ -27,13 +27,13 @@ class SpanDecoder:
             self._inflater = isal_zlib.decompressobj(-15, zdict=window)
             self._entered = False
             self._first_member = True
-            self._between = b""  # trailer and header between two gzip members, gathered
+            self._between = b""  # trailer and header between two gzip members, as far as they were fed
             self._rest = b""
         elif compression is Compression.ZSTD:
             self._zstd = zstd_decoder()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The next bytes of the span's range of the blob -> plain bytes."""
+        """The plain bytes that follow from the next bytes of the span's range of the blob."""
         for raw in self._decode(data):
             if self._left <= 0:
                 return
@@ -44,18 +44,18 @@ class SpanDecoder:
 
     @property
     def done(self) -> bool:
-        """Whether all plain bytes of the span came out."""
+        """Whether all plain bytes of the span were given."""
         return self._left <= 0
 
     def finish(self) -> None:
-        """Raises ImageError if not all plain bytes came."""
+        """Raises ImageError unless all plain bytes were given."""
         if self._left:
             raise ImageError(
                 "a range of the layer decodes to less than its index says", "index the image again"
             )
 
     def _decode(self, data: bytes) -> Iterator[bytes]:
-        # Not a bound method kept in the object: with its memory it would wait for the cycle collector.
+        # A bound method stored in the object would be a cycle, whose memory waits for the cycle collector.
         if self._compression is Compression.PLAIN:
             return iter((data,))
         return self._gunzip(data) if self._compression is Compression.GZIP else self._unzstd(data)
@@ -77,7 +77,7 @@ class SpanDecoder:
                 yield from self._inflate(self._rest)
 
     def _next_member(self) -> bool:
-        """Skips a member's trailer and the header of the next one, once both are here whole."""
+        """Skips a member's trailer and the next one's header, once both were fed whole. Returns whether it did."""
         self._between += self._rest
         self._rest = b""
         header = deflate.gzip_header_bytes(self._between[8:]) if len(self._between) > 8 else None
@@ -90,7 +90,7 @@ class SpanDecoder:
         return True
 
     def _inflate(self, data: bytes) -> Iterator[bytes]:
-        """Decodes up to the end of the member; `_rest` is what follows it in `data`."""
+        """Decodes up to the end of the member. Leaves in `_rest` what follows it in `data`."""
         while True:
             try:
                 raw = self._inflater.decompress(data, CHUNK_BYTES)

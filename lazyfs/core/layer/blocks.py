@@ -5,8 +5,7 @@ space. A file is cut into blocks from its own start (a sparse file: from the sta
 data), so inserting a file elsewhere never moves another file's cuts. Addresses that no block covers
 (padding, holes) read as zeros by definition.
 
-The table is columnar, so that a process can use it straight from a memory map (docs/FORMATS.md, "Block
-table"):
+The table is columnar, so that a process uses it in place from a memory map (docs/FORMATS.md, "Block table"):
 
     0   8s  magic "LZFSBT01"
     8   Q   count         number of blocks
@@ -17,8 +16,8 @@ table"):
         count x I    length       1 .. BLOCK_BYTES
         count x 32s  sha256
 
-The sha256 over these bytes is the layer's *content root*: whoever hands us a table with that digest hands
-us the layer's data, block by block verifiable.
+The sha256 over these bytes is the layer's *content root*: a table with that digest verifies
+the layer's data block by block, whoever made the table.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from mmap import mmap
 from lazyfs.errors import ImageError
 
 PAGE_BYTES = 4096
-# One sha256, one presence mark and one table record a block. Larger blocks make the table smaller, smaller
-# ones make a 4 KiB read of a cold, large file verify less; most files are smaller than this anyway.
+# Each block has one sha256, one presence mark and one table record. Larger blocks make the table smaller; smaller ones
+# make a cold 4 KiB read of a large file verify less. Most files are smaller than one block.
 BLOCK_BYTES = 256 * 1024
-# 32-bit block addresses of EROFS, in 4 KiB blocks, less the namespace itself.
+# EROFS addresses 4 KiB blocks by 32 bits; half of that leaves room for the namespace.
 MAX_DEVICE_BYTES = (1 << 32) * PAGE_BYTES // 2
 MAX_BLOCKS = 64_000_000
 MAX_TAR_BYTES = 1 << 50
@@ -58,9 +57,9 @@ def page_align(size_bytes: int) -> int:
 
 
 class BlockTable:
-    """Read-only view of a block table held in any buffer (bytes or a memory map), checked when opened.
+    """Read-only view of a block table in any buffer (bytes or a memory map), checked when opened.
 
-    Raises ImageError if a single record is out of order, overlaps, or points outside device or tar.
+    Raises ImageError if any record is out of order, overlaps, or points outside device or tar.
     """
 
     def __init__(self, buffer: bytes | memoryview | mmap) -> None:
@@ -100,13 +99,13 @@ class BlockTable:
         for starts, limit in ((self.addresses, self.device_bytes), (self.tar_offsets, self.tar_bytes)):
             ends = map(operator.add, starts, self.lengths)
             following = islice(starts, 1, None)
-            # map stops with the shorter one: the last block's end is compared on its own
+            # map stops with the shorter one, so the last block's end is compared on its own
             if not all(map(operator.le, ends, following)) or starts[-1] + self.lengths[-1] > limit:
                 raise ImageError("block table has blocks that overlap or lie outside")
 
     @property
     def content_root(self) -> str:
-        """sha256 of the table, 64 hex digits. Computed, not remembered."""
+        """sha256 of the table, 64 hex digits. Computed at each call."""
         return hashlib.sha256(self.buffer).hexdigest()
 
     def digest(self, block: int) -> bytes:
@@ -129,7 +128,7 @@ class BlockTable:
 
 
 class BlockTableBuilder:
-    """Collects the blocks of a layer in tar order. `place` gives a file its address."""
+    """Collects the blocks of a layer in tar order."""
 
     def __init__(self) -> None:
         self._addresses = array("Q")
@@ -139,7 +138,7 @@ class BlockTableBuilder:
         self._device_bytes = 0
 
     def place(self, size_bytes: int) -> int:
-        """Reserves address space for a file of `size_bytes` and returns where it starts."""
+        """Reserves address space for a file of `size_bytes` and returns its address."""
         address = self._device_bytes
         self._device_bytes += page_align(size_bytes)
         if self._device_bytes > MAX_DEVICE_BYTES:
@@ -168,10 +167,10 @@ class BlockTableBuilder:
 
 
 def pack_table(table: bytes) -> bytes:
-    """The table in a form that compresses well: addresses and offsets as the gap after the block before.
+    """The table in a form that compresses well: each address and offset becomes the gap behind the block before.
 
-    The gap is below 4 KiB but for sparse files, so most columns turn into small repeating numbers; only the
-    hashes stay as large as they are. `unpack_table` gives the same bytes back.
+    Except in sparse files a gap is below 4 KiB, so these columns become small repeating numbers; only the hashes keep
+    their size. `unpack_table` gives the same bytes back.
     """
     opened = BlockTable(table)
     gaps = [_gaps(starts, opened.lengths) for starts in (opened.addresses, opened.tar_offsets)]
@@ -186,7 +185,7 @@ def pack_table(table: bytes) -> bytes:
 
 
 def unpack_table(packed: bytes) -> bytes:
-    """Inverse of pack_table; raises ImageError for damaged input (bounds are checked by BlockTable)."""
+    """Inverse of pack_table. Raises ImageError for damaged input; BlockTable checks the bounds."""
     if len(packed) < _HEADER.size:
         raise ImageError("block table is cut short")
     count = _HEADER.unpack_from(packed)[1]

@@ -1,15 +1,12 @@
-"""Where to enter a deflate stream in the middle, and what that costs (RFC 1951, RFC 1952). Pure byte
-arithmetic.
+"""Entering a deflate stream in the middle, and what that costs (RFC 1951, RFC 1952).
 
-A deflate block may start at any bit. A decoder can be started there with stock zlib or ISA-L if it is given
+A deflate block may start at any bit. Stock zlib or ISA-L can start decoding there if it is given
 
 - the last 32 KiB of output before that point (the *window*), and
-- the stream from that bit on, *with the bit position inside the byte kept*: a stored block skips to the next
-  byte boundary, so shifting the stream to bit 0 breaks every stored block behind the entry (measured: 68 of
-  6,238 entry points of a Debian layer made by gzip 1.12 fail at once, more fail later).
+- the stream from that bit on, *at the same bit position within its byte*: a stored block skips to the next byte
+  boundary, so shifting the stream to bit 0 breaks every stored block behind the entry point.
 
-Hence the low bits of the first byte are replaced by the end of a sequence of empty blocks of the right
-length.
+Hence a sequence of empty blocks, of the right length, replaces the low bits of the first byte.
 """
 
 from __future__ import annotations
@@ -25,11 +22,11 @@ _FIXED_EMPTY = ((0b010, 3), (0, 7))  # not final, fixed codes, end of block: 10 
 
 
 def _dynamic_empty() -> tuple[tuple[int, int], ...]:
-    """An empty block with dynamic codes of 93 bits: the odd length that fixed blocks (10 bits) cannot give.
+    """An empty block with dynamic codes, 93 bits long: fixed blocks (10 bits) cannot give an odd length.
 
-    Code lengths alphabet: only the symbols 18 and 1, one bit each (complete, as zlib demands). Literal
-    lengths: 256 zeros as two runs (138 + 118), then length 1 for end-of-block; one distance code of length 1.
-    All 19 code length entries are sent although 18 would do: that makes the length odd.
+    Code lengths alphabet: only the symbols 18 and 1, one bit each (complete, as zlib demands). Literal lengths: 256
+    zeros as two runs (138 + 118), then length 1 for end-of-block; one distance code of length 1. It has all 19 code
+    length entries, where 18 would do, to make the length odd.
     """
     lengths = [0] * 19
     lengths[2] = lengths[17] = 1  # positions of the symbols 18 and 1 in RFC 1951's order (3.2.7)
@@ -57,11 +54,9 @@ _PREFIXES = tuple(_prefix(shift) for shift in range(8))
 
 
 def entered(shift: int, stream: bytes) -> bytes:
-    """What to feed a raw inflater for a stream that begins in its first byte, whose `shift` low bits belong to the
-    block before.
+    """The bytes to feed a raw inflater, for a stream whose first byte has `shift` low bits of the block before.
 
-    `shift` is 0..7, `stream` not empty. What is put before the first byte's other bits decodes to nothing and leaves
-    the decoder there.
+    `shift` is 0..7, `stream` not empty. Empty blocks, which decode to nothing, replace these bits.
     """
     whole, low_bits = _PREFIXES[shift]
     return whole + bytes([low_bits | (stream[0] & (0xFF << shift) & 0xFF)]) + stream[1:]
@@ -69,10 +64,10 @@ def entered(shift: int, stream: bytes) -> bytes:
 
 @functools.cache
 def probes() -> tuple[bytes, bytes]:
-    """Two windows, (high, low), that tell which bytes of the true window a decoder copies.
+    """Two windows, (high, low), that show which bytes of the true window a decoder copies.
 
-    Position p reads as the pair (p // 128, p // 128 + 1 + p % 128), in which the two are never equal, while a
-    byte that does not come from the window is the same in both. Made when first needed: only indexing does.
+    Position p reads as the pair (p // 128, p // 128 + 1 + p % 128), whose numbers are never equal. A byte that does not
+    come from the window is the same in both outputs. Cached, not a constant, because only indexing needs them.
     """
     high = bytes(p >> 7 for p in range(WINDOW_BYTES))
     return high, bytes(((p >> 7) + 1 + (p & 127)) & 0xFF for p in range(WINDOW_BYTES))
@@ -80,7 +75,7 @@ def probes() -> tuple[bytes, bytes]:
 
 @functools.cache
 def _positions() -> array[int]:
-    """From pairs, as numbers in the host's byte order, to positions in the window; WINDOW_BYTES for no pair of it."""
+    """From pairs, as numbers in the host's byte order, to positions in the window; WINDOW_BYTES for any other pair."""
     places = array("H", [WINDOW_BYTES]) * 65536
     for position, pair in enumerate(_pairs(*probes())):
         places[pair] = position
@@ -91,16 +86,15 @@ def _pairs(high: bytes, low: bytes) -> array[int]:
     pairs = bytearray(2 * len(high))
     pairs[0::2] = high
     pairs[1::2] = low
-    return array("H", bytes(pairs))  # iterated three times as fast as a memoryview
+    return array("H", bytes(pairs))  # iterates three times as fast as a memoryview
 
 
 def sparse_window(window: bytes, high: bytes, low: bytes) -> bytes:
-    """The window with every byte zeroed that the data behind the entry point never copies.
+    """The window, in which every byte is zeroed that the data behind the entry point never copies: 9 of 10.
 
-    `high` and `low` are the first 32 KiB behind the entry point, decoded with the probes as windows. A
-    distance is at most 32 KiB, so later data cannot reach into the window directly; a copy of a copy keeps
-    the pair. Measured on a Debian layer: 3,200 of 32,768 bytes are used, the windows of a layer shrink to a
-    sixth after compression.
+    `high` and `low` are the first 32 KiB behind the entry point, decoded with the probes as windows. A distance is at
+    most 32 KiB, so later data cannot reach into the window directly; a copy of a copy keeps the pair. Raises
+    ImageError if that data refers to bytes before the window, which is shorter at the start of a stream.
     """
     size = min(len(low), len(high))
     mask = bytearray(WINDOW_BYTES + 1)
@@ -109,12 +103,12 @@ def sparse_window(window: bytes, high: bytes, low: bytes) -> bytes:
     padding = WINDOW_BYTES - len(window)
     if any(mask[:padding]):
         raise ImageError("gzip stream refers to data before its start")
-    kept = int.from_bytes(window, "little") & int.from_bytes(mask[padding:WINDOW_BYTES], "little")
-    return kept.to_bytes(len(window), "little")
+    sparse = int.from_bytes(window, "little") & int.from_bytes(mask[padding:WINDOW_BYTES], "little")
+    return sparse.to_bytes(len(window), "little")
 
 
 def gzip_header_bytes(data: bytes) -> int | None:
-    """Length of the gzip member header at the start of `data` (RFC 1952, 2.3), None if more bytes are needed.
+    """Length of the gzip member header at the start of `data` (RFC 1952, 2.3); None if `data` ends within it.
 
     Raises ImageError if it is no gzip header.
     """

@@ -1,14 +1,14 @@
 """Spans: ranges of a compressed layer that can be decoded on their own. The unit of fetching.
 
 A layer is cut into consecutive spans; span i covers the uncompressed bytes [tar_start(i), tar_start(i+1)) and
-the blob's bytes [blob_start(i), blob_end(i)). What starts a span depends on how the layer is compressed:
+the blob's bytes [blob_start(i), blob_end(i)). Where a span may start depends on the compression:
 
-    PLAIN  nothing: every byte stands where it is (spans are computed, none is stored)
-    GZIP   a deflate block boundary: a bit offset inside the first byte, and a window (core/layer/deflate.py)
-    ZSTD   the start of a frame
+    PLAIN  anywhere: spans are computed, none is stored
+    GZIP   at a deflate block boundary: a bit offset inside the first byte, and a window (core/layer/deflate.py)
+    ZSTD   at the start of a frame
 
-Between its start and its end a span may have milestones: places where decoding may stop, of which it is known
-how many bytes of the blob lead there.
+Inside, a span may have milestones: places where decoding may stop, for which the table has the blob offset that
+decoding up to there needs.
 
 Stored form (docs/FORMATS.md, "Span table"), one little-endian record a point: blob offset Q, tar offset Q,
 shift B, kind B (PointKind), reserved H.
@@ -29,25 +29,24 @@ from typing import NamedTuple
 from lazyfs.errors import ImageError
 
 _RECORD = struct.Struct("<QQBBH")
-# Uncompressed distance between two entry points, within which an indexer may choose a good one. Smaller spans
-# fetch less for a scattered read, larger ones keep the index small.
+# Uncompressed distance between two entry points: an indexer chooses the best boundary within. Smaller spans fetch less
+# for a scattered read, larger ones keep the index small.
 MIN_SPAN_BYTES = 384 * 1024
 MAX_SPAN_BYTES = 1152 * 1024
-# Frames are entered for nothing: no window is stored.
+# Smaller than the above, because entering at a frame needs no window.
 FRAME_SPAN_BYTES = 128 * 1024
-# Between milestones.
+# Uncompressed distance between two milestones.
 MILESTONE_BYTES = 32 * 1024
-# Uncompressed layers can be cut anywhere: as small as a request is still worth (measured: below 256 KiB the
-# time of a request on loopback no longer falls).
+# Uncompressed layers can be cut anywhere. A smaller request takes no less time than one of 256 KiB.
 PLAIN_SPAN_BYTES = 256 * 1024
-# Windows are compressed together by this many: one range request brings the neighbours' too.
+# So many windows are compressed together: one range request also brings the neighbours' windows.
 WINDOWS_PER_GROUP = 8
-# Of a layer of 256 GiB; they take 32 bytes each in memory.
+# As many as a layer of 256 GiB has; each takes 32 bytes of memory.
 MAX_POINTS = 4_000_000
 
 
 class Compression(enum.StrEnum):
-    """How a layer blob is stored. Found from its first bytes, not from its media type."""
+    """How a layer blob is stored. Its first bytes say it, not its media type."""
 
     PLAIN = "plain"
     GZIP = "gzip"
@@ -74,7 +73,7 @@ class PointKind(enum.IntEnum):
 
 
 class Point(NamedTuple):
-    """A point of a layer that the index records. `shift`: bits of byte `blob` that belong before it."""
+    """A point of a layer that the index records. The low `shift` bits of byte `blob` lie before the point."""
 
     blob: int
     tar: int
@@ -82,11 +81,14 @@ class Point(NamedTuple):
     kind: PointKind
 
 
+# For bytes.translate: 1 for the kinds of which that is true, else 0.
+_IS_ENTRY = bytes(kind != PointKind.MILESTONE for kind in range(256))
+_NEEDS_WINDOW = bytes(kind == PointKind.ENTRY_WITH_WINDOW for kind in range(256))
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span; ends are exclusive. `window` is the number of its window among the layer's windows,
-    or None.
-    """
+    """One span; ends are exclusive. `window` is its window's number among those of the layer, or None."""
 
     number: int
     blob_start: int
@@ -122,14 +124,13 @@ class SpanTable:
         # All points, entries and milestones: where decoding can stop.
         self._stop_tar = tar
         self._stop_blob = array("Q", map(operator.add, blob, map(bool, shifts)))
-        is_entry = bytes(kind != PointKind.MILESTONE for kind in range(len(PointKind)))
-        entries = kinds.translate(is_entry.ljust(256, b"\0"))
+        entries = kinds.translate(_IS_ENTRY)
         self.count = entries.count(1)
         self._blob = array("Q", compress(blob, entries))
         self._tar = array("Q", compress(tar, entries))
         self._shift = bytes(compress(shifts, entries))
-        needs_window = map(PointKind.ENTRY_WITH_WINDOW.__eq__, compress(kinds, entries))
-        self._window = array("I", accumulate(needs_window, initial=0))  # windows before span i
+        needs_window = compress(kinds.translate(_NEEDS_WINDOW), entries)
+        self._window = array("I", accumulate(needs_window, initial=0))  # number of windows before span i
 
     def _check(self, blob: array[int], tar: array[int], kinds: bytes) -> None:
         """Refuses points that are out of order or outside the layer."""
@@ -149,7 +150,7 @@ class SpanTable:
         return 0 if self.compression is Compression.PLAIN else self._window[-1]
 
     def same_as(self, other: SpanTable) -> bool:
-        """Whether both cut the same kind of blob at the same places."""
+        """Whether both cut the same kind of blob at the same places with the same windows."""
         mine, theirs = ((one.compression, one.blob_bytes, one.tar_bytes, one.count) for one in (self, other))
         if mine != theirs or self.compression is Compression.PLAIN:
             return mine == theirs
@@ -183,7 +184,7 @@ class SpanTable:
         )
 
     def blob_end_for(self, span: Span, tar_end: int) -> int:
-        """Up to where the blob is needed to decode `span` up to `tar_end`: a milestone, or the span's end."""
+        """The end of the blob range that decoding `span` up to `tar_end` needs: a milestone, or the end of the span."""
         if tar_end >= span.tar_end:
             return span.blob_end
         if self.compression is Compression.PLAIN:
@@ -194,14 +195,14 @@ class SpanTable:
         return int(self._stop_blob[stop])
 
     def covering(self, tar_start: int, tar_end: int) -> range:
-        """Numbers of the spans that hold the uncompressed bytes [tar_start, tar_end), which is not empty."""
+        """Numbers of the spans that hold the uncompressed bytes [tar_start, tar_end), a range that is not empty."""
         if self.compression is Compression.PLAIN:
             return range(tar_start // PLAIN_SPAN_BYTES, min(self.count, -(-tar_end // PLAIN_SPAN_BYTES)))
         return range(bisect_right(self._tar, tar_start) - 1, bisect_left(self._tar, tar_end))
 
 
 def _column(records: bytes | memoryview, word: int) -> array[int]:
-    """The 64-bit numbers at 32-bit word `word` of all records. No Python object for each: there may be millions."""
+    """The 64-bit numbers at 32-bit word `word` of all records, made without a Python object for each of millions."""
     words = memoryview(records).cast("I")
     column = array("Q", bytes(8 * (len(records) // _RECORD.size)))
     if column:
@@ -212,5 +213,5 @@ def _column(records: bytes | memoryview, word: int) -> array[int]:
 
 
 def encode_points(points: Sequence[Point]) -> bytes:
-    """The records of a span table; `points` ascending."""
+    """The records of a span table. `points` must be ascending."""
     return b"".join(_RECORD.pack(*point, 0) for point in points)

@@ -1,10 +1,10 @@
 """What tar headers encode: numbers and checksums, extended (pax) headers, sparse maps.
 
-A pax header is a list of ``LENGTH KEY=VALUE\\n`` records (POSIX.1-2017, pax, "pax Extended Header"). Keys
-and values stay bytes: names need not be UTF-8, and ``hdrcharset=BINARY`` says no more than that. Sparse maps
-come in four encodings (GNU tar manual, "Storing Sparse Files"); all end in `lay_out`, which checks them.
+A pax header is a list of ``LENGTH KEY=VALUE\\n`` records (POSIX.1-2017, pax, "pax Extended Header"). Keys and values
+stay bytes, since names need not be UTF-8 (``hdrcharset=BINARY`` says only that). Sparse maps have four encodings (GNU
+tar manual, "Storing Sparse Files"); `lay_out` checks them all.
 
-Everything here raises `FormatError` only; `lazyfs.core.tar` adds the place and turns it into an ImageError.
+Everything here raises `FormatError` only; reader.py adds the place and turns it into an ImageError.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import unquote_to_bytes
 
-MAX_PAX_BYTES = 1 << 20  # as Go's archive/tar: its lack made readers run out of memory (CVE-2022-2879)
+MAX_PAX_BYTES = 1 << 20  # as in Go's archive/tar; without it readers ran out of memory (CVE-2022-2879)
 MAX_SEGMENTS = 1 << 18  # bounds memory per file: about 40 MB of Python objects
-MAX_FILE_BYTES = 1 << 44  # EROFS: 2**32 blocks of 4 KiB; keeps sums of sizes far below 2**63
+MAX_FILE_BYTES = 1 << 44  # EROFS: 2**32 blocks of 4 KiB; sums of sizes stay far below 2**63
 MAX_XATTR_NAME = 255  # linux/limits.h XATTR_NAME_MAX
 MAX_XATTR_BYTES = 1 << 16  # linux/limits.h XATTR_SIZE_MAX
 
-# overlayfs would obey these: a layer could redirect a name or hide a directory behind our back.
+# overlayfs would obey these: with them a layer could redirect a name or hide a directory.
 _FORBIDDEN_XATTRS = b"trusted.overlay."
 _SCHILY = b"SCHILY.xattr."
 _LIBARCHIVE = b"LIBARCHIVE.xattr."
@@ -31,11 +31,11 @@ Segments = tuple[tuple[int, int, int], ...]
 
 
 class FormatError(ValueError):
-    """The tar breaks its format; the text completes "the layer's tar is damaged: …"."""
+    """The tar breaks its format. The text completes "the layer's tar is damaged: …"."""
 
 
 def number(value: bytes, what: str) -> int:
-    """A header number: octal digits among spaces and NULs, or base-256 (GNU and star) within 64 bits."""
+    """A number in a header: octal digits between spaces and NULs, or base-256 (GNU and star) within 64 bits."""
     digits = value.strip(b" \0")
     if value[0] & 0x80:
         bits = 8 * len(value) - 1
@@ -54,7 +54,7 @@ def number(value: bytes, what: str) -> int:
 
 
 def check_sum(block: bytes, stored: bytes) -> None:
-    """Raises FormatError unless `stored` is the header's checksum; old writers summed signed bytes."""
+    """Raises FormatError unless `stored` is the header's checksum, of unsigned or (by old writers) signed bytes."""
     expected = number(stored, "the checksum")
     total = sum(block) - sum(stored) + 8 * 0x20  # the field itself counts as spaces
     if total != expected:
@@ -64,9 +64,9 @@ def check_sum(block: bytes, stored: bytes) -> None:
 
 
 def parse_pax(payload: bytes) -> dict[bytes, bytes]:
-    """The records of one extended header, the last of equal keys winning.
+    """The records of one extended header. The last of equal keys wins.
 
-    The pairs of sparse format 0.0, which repeats its keys, are gathered as the map of format 0.1.
+    Sparse format 0.0 repeats its keys; its pairs become the map of format 0.1.
     """
     records: dict[bytes, bytes] = {}
     pairs: list[bytes] = []
@@ -96,7 +96,7 @@ def parse_pax(payload: bytes) -> dict[bytes, bytes]:
 
 
 def merge_global(known: Mapping[bytes, bytes], update: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """Global records after one more global header; their total is bounded like one header."""
+    """The global records after one more global header. Their total is bounded like one header."""
     merged = {**known, **update}
     if sum(len(key) + len(value) for key, value in merged.items()) > MAX_PAX_BYTES:
         raise FormatError("its global pax headers are too large")
@@ -111,7 +111,7 @@ def decimal(value: bytes, what: str) -> int:
 
 
 def timestamp(value: bytes) -> tuple[int, int]:
-    """A pax time as (seconds, nanoseconds), nanoseconds in 0..999999999 and digits beyond them cut off."""
+    """A pax time as (seconds, nanoseconds). Nanoseconds are 0..999999999; further digits are cut off."""
     match = _TIME.fullmatch(value)
     if match is None:
         raise FormatError("a pax time is not a decimal number")
@@ -122,10 +122,10 @@ def timestamp(value: bytes) -> tuple[int, int]:
 
 
 def xattrs(records: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """The extended attributes among the records: star's encoding, which is raw, and libarchive's.
+    """The extended attributes among the records, in star's encoding, which is raw, or libarchive's.
 
-    An empty value is kept as one: it is what a file system had (GNU tar and containerd agree, while in other
-    records POSIX takes an empty value for "not given").
+    An empty value stays one, because a file system had it (GNU tar and containerd agree). In other records an empty
+    value means "not given" (POSIX).
     """
     found: dict[bytes, bytes] = {}
     for key, value in records.items():
@@ -154,7 +154,7 @@ def _add_xattr(found: dict[bytes, bytes], name: bytes, value: bytes) -> None:
 
 
 def sparse_version(records: Mapping[bytes, bytes]) -> int:
-    """0 for a plain file, 1 if the map is in the records (0.0, 0.1), 2 if it leads the data (1.0)."""
+    """0: a plain file. 1: the map is in the records (0.0, 0.1). 2: the map is before the data (1.0)."""
     version = records.get(b"GNU.sparse.major"), records.get(b"GNU.sparse.minor")
     if version == (b"1", b"0"):
         return 2
@@ -172,7 +172,7 @@ def sparse_size(records: Mapping[bytes, bytes]) -> int:
 
 
 def sparse_pairs(values: Sequence[bytes]) -> list[tuple[int, int]]:
-    """(offset, length) pairs out of alternating decimal numbers."""
+    """(offset, length) pairs from alternating decimal numbers."""
     if len(values) % 2 or len(values) > 2 * MAX_SEGMENTS:
         raise FormatError("a sparse map is cut off or too long")
     numbers = [decimal(value, "a number in a sparse map") for value in values]
@@ -180,7 +180,7 @@ def sparse_pairs(values: Sequence[bytes]) -> list[tuple[int, int]]:
 
 
 def gnu_pairs(table: bytes) -> list[tuple[int, int]]:
-    """Pairs of an old GNU sparse table, 12 bytes per number; the first empty one ends it."""
+    """Pairs of an old GNU sparse table, 12 bytes a number. The first empty pair ends it."""
     pairs: list[tuple[int, int]] = []
     for at in range(0, len(table), 24):
         if not table[at] or not table[at + 12]:
@@ -193,8 +193,8 @@ def gnu_pairs(table: bytes) -> list[tuple[int, int]]:
 def lay_out(pairs: Iterable[tuple[int, int]], size: int, stored: int, tar_offset: int) -> Segments:
     """Checked segments (file offset, tar offset, length) of a file with `stored` bytes at `tar_offset`.
 
-    The pieces must ascend, not overlap, end within `size` and use up exactly what is stored. Empty pieces
-    (GNU tar marks the end of a file by one) are left out, touching ones joined.
+    The pieces must ascend, not overlap, end within `size` and use up exactly the stored bytes. Empty pieces (GNU tar
+    marks the end of a file by one) are left out; touching ones are joined.
     """
     segments: list[tuple[int, int, int]] = []
     file_end, tar_end = 0, tar_offset

@@ -1,9 +1,9 @@
 """Tar streams to entries: sans-io, incremental, without copying file data.
 
-`TarReader` is fed chunks of any size and yields a `TarEntry` per member, followed by its data as memoryview
-slices of the chunks. It knows v7, ustar, star, pax (POSIX.1-2017) and the GNU format with its long names,
-base-256 numbers and sparse files. Where readers disagree on an odd archive we follow Go's archive/tar,
-because containerd, Docker, Podman and umoci unpack with it, and refuse what has no single meaning.
+`TarReader` takes chunks of any size and yields a `TarEntry` for each member, then its data as memoryview slices of
+the chunks. It knows v7, ustar, star, pax (POSIX.1-2017) and the GNU format with its long names, base-256 numbers and
+sparse files. Where readers disagree on an odd archive, we follow Go's archive/tar, because containerd, Docker, Podman
+and umoci unpack with it; we refuse what has no single meaning.
 
 Limits: a layer comes from outside and may be made to exhaust a reader. Every limit is a constant below.
 """
@@ -22,7 +22,7 @@ from lazyfs.errors import ImageError
 MAX_PATH = 4096  # linux/limits.h PATH_MAX
 MAX_NAME = 255  # linux/limits.h NAME_MAX
 MAX_TARGET = 4095  # PATH_MAX without its NUL: symlink(2), ENAMETOOLONG
-MAX_ENTRIES = 4_000_000  # a large image has 300,000; bounds what callers keep per entry
+MAX_ENTRIES = 4_000_000  # a large image has 300,000; this bounds the memory of callers
 MAX_ID = 2**32 - 2  # (uid_t)-1 means "unchanged" to chown(2)
 MAX_MAJOR, MAX_MINOR = 2**12 - 1, 2**20 - 1  # dev_t of the kernel: 12 and 20 bits
 
@@ -40,7 +40,7 @@ _UNSUPPORTED = {
 
 
 class Kind(enum.IntEnum):
-    """What an entry is; below 8 the numbers are those of EROFS and ext4 directory entries."""
+    """What an entry is. Numbers below 8 are those of EROFS and ext4 directory entries."""
 
     FILE = 1
     DIR = 2
@@ -51,7 +51,7 @@ class Kind(enum.IntEnum):
     HARDLINK = 8
 
 
-# Types absent here are files, as POSIX asks for unknown ones. S: GNU sparse file, 7: contiguous file.
+# All other types are files, as POSIX demands for unknown ones. S: GNU sparse file, 7: contiguous file.
 _KINDS = {
     b"1": Kind.HARDLINK,
     b"2": Kind.SYMLINK,
@@ -64,7 +64,7 @@ _KINDS = {
 
 @dataclass(slots=True)
 class TarEntry:
-    """One member; sizes and offsets in bytes. `normalise` made `path` and a hard link's `target`."""
+    """One member; sizes and offsets in bytes. `path` and a hard link's `target` are normalised."""
 
     path: bytes
     kind: Kind
@@ -83,13 +83,13 @@ class TarEntry:
 
 @dataclass(slots=True)
 class TarData:
-    """The next bytes of the last entry's data. `view` belongs to the fed chunk: valid until the next step."""
+    """The next bytes of the last entry's data. `view` is part of the fed chunk and valid until the next step."""
 
     view: memoryview
 
 
 def normalise(raw: bytes) -> bytes:
-    """`raw` without leading "/", empty and "." parts; b"" is the root itself.
+    """`raw` without a leading "/" and without empty and "." parts; b"" is the root itself.
 
     Raises FormatError for "..", NUL bytes, parts over 255 and paths over 4096 bytes.
     """
@@ -105,8 +105,8 @@ def normalise(raw: bytes) -> bytes:
 class TarReader:
     """Incremental reader of one uncompressed tar stream.
 
-    Feed chunks in order, exhaust each returned iterator before the next call, then call `finish`. After an
-    ImageError the reader must not be used again.
+    Feed chunks in order, exhaust each returned iterator before the next call, and call `finish` in the end. Do not
+    use the reader after an ImageError.
     """
 
     def __init__(self) -> None:
@@ -114,9 +114,9 @@ class TarReader:
         self._data_left = 0  # bytes of member data still to hand out
         self._padding_left = 0
         self._ended = False
-        self._partial = bytearray()  # start of a block that the last chunk cut
-        self._need = _BLOCK  # bytes that `_handler` wants at once
-        self._payload_size = 0  # of which these are not padding
+        self._partial = bytearray()  # the start of a block that the last chunk ended in
+        self._need = _BLOCK  # bytes that `_handler` takes at once
+        self._payload_size = 0  # how many of them are not padding
         self._handler: Callable[[bytes], TarEntry | None] = self._take_header
         self._extended: dict[bytes, Callable[[bytes], None]] = {
             b"x": self._take_pax,
@@ -128,21 +128,21 @@ class TarReader:
         self._zero_seen = False
         self._entries = 0
         self._global: dict[bytes, bytes] = {}
-        # What the next member inherits from the headers before it.
+        # What the headers before it say about the next member.
         self._pax: dict[bytes, bytes] | None = None
         self._long_name: bytes | None = None
         self._long_target: bytes | None = None
-        # A sparse file whose map is not complete yet.
+        # A sparse file whose map is incomplete.
         self._sparse_entry: TarEntry | None = None
         self._sparse_stored = 0
         self._sparse_map: list[tuple[int, int]] = []
         self._sparse_text = bytearray()
-        self._sparse_lines = 0  # of the text, still to come
+        self._sparse_lines = 0  # lines of the text that are still to come
 
     def feed(self, chunk: bytes | memoryview) -> Iterator[TarEntry | TarData]:
-        """Yields what `chunk` completes, an entry before its data. `chunk` must not change meanwhile.
+        """Yields what `chunk` completes, each entry before its data. `chunk` must not change in the meantime.
 
-        Raises ImageError if the stream is damaged, hostile or uses what no image may contain.
+        Raises ImageError if the stream is damaged or hostile, or has what no image may contain.
         """
         view = memoryview(chunk)
         start, position, end = self._offset, 0, len(view)
@@ -181,7 +181,7 @@ class TarReader:
         self._offset = start + end
 
     def finish(self) -> None:
-        """The stream has ended. Raises ImageError if that is inside a member; no end marker is required."""
+        """Ends the stream. Raises ImageError if it ends inside a member; an end marker is not required."""
         if self._data_left or self._partial or self._handler != self._take_header or self._inherits():
             raise self._damaged("it ends in the middle of a member", self._offset)
 
@@ -192,7 +192,7 @@ class TarReader:
         return self._pax is not None or self._long_name is not None or self._long_target is not None
 
     def _expect(self, size: int, handler: Callable[[bytes], TarEntry | None]) -> None:
-        """Call `handler` with the next `size` bytes, rounded up to blocks."""
+        """Makes `feed` call `handler` with the next `size` bytes, rounded up to blocks."""
         self._need, self._payload_size, self._handler = _padded(size), size, handler
 
     def _take_header(self, block: bytes) -> TarEntry | None:
@@ -240,7 +240,7 @@ class TarReader:
             raise FormatError(f"it has more than {MAX_ENTRIES} members")
         raw, mode, uid, gid, stored, mtime, _, _, target, magic, major, minor, prefix, trailer = header
         name = _text(raw)
-        if magic[:6] == b"ustar\0" and prefix[0]:  # in other formats these bytes mean something else
+        if magic[:6] == b"ustar\0" and prefix[0]:  # in other formats these bytes have another meaning
             name = _text(prefix[:131] if trailer == b"tar\0" else prefix) + b"/" + name
         entry = TarEntry(
             path=name,
@@ -320,7 +320,7 @@ class TarReader:
         return self._start_data(self._sparse_map)
 
     def _take_map(self, block: bytes) -> TarEntry | None:
-        """Sparse format 1.0: a count and the numbers, one a line, padded to a block, lead the stored data."""
+        """Sparse format 1.0: the stored data begins with a count and the numbers, one a line, padded to a block."""
         self._sparse_stored -= _BLOCK
         if not self._sparse_text:
             count = fields.decimal(block.partition(b"\n")[0], "the length of a sparse map")
@@ -348,7 +348,7 @@ class TarReader:
 
 
 def _override(entry: TarEntry, records: dict[bytes, bytes]) -> None:
-    """Extended records replace what the header says; an empty value means "as if not given" (POSIX)."""
+    """Extended records replace header fields; an empty value counts as not given (POSIX)."""
     entry.path = records.get(b"path") or entry.path
     if fields.sparse_version(records):
         entry.path = records.get(b"GNU.sparse.name") or entry.path

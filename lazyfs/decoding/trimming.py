@@ -1,10 +1,10 @@
-"""Makes the windows of entry points sparse, beside the pass over a gzip layer.
+"""Makes the windows of entry points sparse while the pass over a gzip layer goes on.
 
-For a large layer in a process of its own: most of this work is Python, and would hold up the pass. Measured on 2 cores,
-a layer of 309 MB, medians of 7 in turn: 101 MB/s of tar with the process, 90 with a thread.
+A large layer gets a process for it, because most of the work is Python and would hold up the pass (101 MB/s of tar;
+with a thread 90).
 
-The process reads jobs and writes the windows that come of them. It ends with its input, so a parent that is killed
-leaves nothing behind; if it is killed or stopped itself, the work goes on in the parent.
+The process reads jobs and writes the resulting windows. It ends when its input ends, so a killed parent leaves
+nothing behind. If the process is killed or stopped, the parent goes on with the work.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lazyfs.core.layer.deflate import WINDOW_BYTES
 from lazyfs.decoding.zstream import DeflateError, ZStream
 from lazyfs.system.process import environment, python_command
 
-# Of the blob behind an entry point: enough to decode 32 KiB, but for freak streams (then the window stays whole).
+# So much of the blob behind an entry point is kept. It decodes to 32 KiB; if it does not, the window stays whole.
 PROBE_BYTES = 128 * 1024
-# From so many windows on (a layer of some 10 MB) a process is worth its start.
+# With so many windows (a layer of some 10 MB) a process is worth its start.
 _PROCESS_FROM = 16
 _JOB = struct.Struct("=BII")  # shift, length of the window, length of the blob behind
-_PIPE_BYTES = 256 * 1024  # a job fits in
-_ANSWER_S = 10.0  # a window takes milliseconds; who is that late was stopped
+_PIPE_BYTES = 256 * 1024  # a whole job fits
+_ANSWER_S = 10.0  # a window takes milliseconds: a process that is so late was stopped
 
 
-def thin(stream: ZStream, shift: int, window: bytes, behind: bytes) -> bytes:
-    """The window without the bytes that `behind` (the blob from the entry point on) does not refer to."""
+def trim(stream: ZStream, shift: int, window: bytes, behind: bytes) -> bytes:
+    """The window with those bytes zeroed to which `behind`, the blob from the entry point on, does not refer."""
     if not behind:
         return window
     entered = deflate.entered(shift, behind)
@@ -45,14 +45,14 @@ def thin(stream: ZStream, shift: int, window: bytes, behind: bytes) -> bytes:
             return window
         high, low = (stream.decode(entered, probe, WINDOW_BYTES)[0] for probe in deflate.probes())
         sparse = deflate.sparse_window(window, high, low)
-        # Cheap, and the only thing a wrong window could do is make a span undecodable for ever.
+        # A cheap check against the worst that a wrong window could do: make a span undecodable for ever.
         return sparse if stream.decode(entered, sparse, WINDOW_BYTES)[0] == plain else window
     except DeflateError:
         return window
 
 
-class Thinner:
-    """Thins the windows of one layer, in order. Close it."""
+class WindowTrimmer:
+    """Trims the windows of one layer, in order. The caller closes it."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "windows")
@@ -63,20 +63,20 @@ class Thinner:
         self._process: subprocess.Popen[bytes] | None = None
 
     def submit(self, shift: int, window: bytes, behind: bytes) -> Future[bytes]:
-        """As `thin`, some time later."""
-        return self._pool.submit(self._thin, shift, window, behind)
+        """As `trim`, later."""
+        return self._pool.submit(self._trim, shift, window, behind)
 
     def close(self) -> None:
-        """Drops what is not done yet, and ends thread and process, which takes milliseconds. May be called twice.
+        """Drops unfinished work and ends thread and process, which takes milliseconds. May be called twice.
 
-        Not for finalizers: one may run while its thread holds a lock of concurrent.futures.
+        Never call it in a finalizer: that may run while its thread holds a lock of concurrent.futures.
         """
         if not self._closing:
             self._closing = True
             self._pool.submit(self._end)
         self._pool.shutdown(wait=True)
 
-    def _thin(self, shift: int, window: bytes, behind: bytes) -> bytes:
+    def _trim(self, shift: int, window: bytes, behind: bytes) -> bytes:
         if self._closing:
             return window
         self._jobs += 1
@@ -88,7 +88,7 @@ class Thinner:
                 return _ask(self._process, shift, window, behind)
             except OSError:
                 self._end()
-        return thin(self._stream, shift, window, behind)
+        return trim(self._stream, shift, window, behind)
 
     def _end(self) -> None:
         if self._process is None:
@@ -103,7 +103,7 @@ class Thinner:
 
 def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        python_command("lazyfs.decoding.thinning"),
+        python_command("lazyfs.decoding.trimming"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -113,7 +113,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _ask(process: subprocess.Popen[bytes], shift: int, window: bytes, behind: bytes) -> bytes:
-    """Raises OSError: it has died, or does not answer in time."""
+    """Raises OSError if the process has died or does not answer in time."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(_JOB.pack(shift, len(window), len(behind)))
     process.stdin.write(window)
@@ -137,15 +137,15 @@ def _serve(jobs: IO[bytes], windows: IO[bytes]) -> None:
     stream = ZStream(raw=True)
     while header := jobs.read(_JOB.size):
         shift, window_bytes, behind_bytes = _JOB.unpack(header)
-        windows.write(thin(stream, shift, jobs.read(window_bytes), jobs.read(behind_bytes)))
+        windows.write(trim(stream, shift, jobs.read(window_bytes), jobs.read(behind_bytes)))
         windows.flush()
 
 
 def main() -> None:
-    """The process: jobs from standard input, windows to standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both: the parent decides
+    """The process: takes jobs from standard input, writes windows to standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the parent, too, which decides
     os.chdir("/")
-    with contextlib.suppress(BrokenPipeError, struct.error):  # the parent has gone
+    with contextlib.suppress(BrokenPipeError, struct.error):  # the parent is gone
         _serve(sys.stdin.buffer, sys.stdout.buffer)
     os._exit(0)
 
