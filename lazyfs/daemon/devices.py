@@ -11,6 +11,7 @@ from typing import Protocol
 import trio
 
 from lazyfs.cache.layer import LayerClosed
+from lazyfs.core.deadlines import answer_s
 from lazyfs.daemon.roots import Released
 from lazyfs.errors import RemoteError
 from lazyfs.fuse.device import Device
@@ -41,11 +42,11 @@ class Sleeper:
 
     async def read(self, address: int, size: int) -> bytes:
         try:
-            with trio.fail_after(self._timeout_s / 2):  # as in LayerHandle.read
+            with trio.fail_after(answer_s(self._timeout_s)):
                 handle = await self._daemon.revive(self.content_root)
                 return await handle.read(address, size)
         except trio.TooSlowError:
-            raise RemoteError(f"the image did not open within {self._timeout_s / 2:g} s") from None
+            raise RemoteError(f"the image did not open within {answer_s(self._timeout_s):g} s") from None
 
 
 class Awake:

@@ -16,20 +16,20 @@ class Fragments:
     """Parts of blocks that straddle two spans, until the other part comes. Shared by decoding threads."""
 
     def __init__(self, layer: CachedLayer) -> None:
-        self._layer = layer
+        self.layer = layer
         self._lock = threading.Lock()
         # By block: where in it a part begins -> the part.
         self._parts: collections.OrderedDict[int, dict[int, bytearray]] = collections.OrderedDict()
 
     def lacks_from(self, block: int, span: Span) -> int | None:
         """The first plain byte of a block in a span that is not kept here; None if all of that are."""
-        start = self._layer.table.tar_offsets[block]
+        start = self.layer.table.tar_offsets[block]
         at = max(start, span.tar_start)
         with self._lock:
             for offset, part in sorted(self._parts.get(block, {}).items()):
                 if start + offset <= at:
                     at = max(at, start + offset + len(part))
-        return at if at < min(start + self._layer.table.lengths[block], span.tar_end) else None
+        return at if at < min(start + self.layer.table.lengths[block], span.tar_end) else None
 
     def forget(self, block: int) -> None:
         """Drops all parts of a block."""
@@ -55,7 +55,7 @@ class Fragments:
                     break
                 pieces.append(kept[end - start :] if end > start else kept)
                 end = max(end, start + len(kept))
-            if end == self._layer.table.lengths[block]:
+            if end == self.layer.table.lengths[block]:
                 return b"".join(pieces)
             if len(self._parts) > _MAX_FRAGMENTS:
                 self._parts.popitem(last=False)
@@ -65,8 +65,8 @@ class Fragments:
 class Assembler:
     """Consecutive plain bytes of a layer -> whole blocks, published. Used by one thread at a time."""
 
-    def __init__(self, layer: CachedLayer, fragments: Fragments, tar_start: int) -> None:
-        self._layer = layer
+    def __init__(self, fragments: Fragments, tar_start: int) -> None:
+        self._layer = fragments.layer
         self._fragments = fragments
         self.at = tar_start  # the next plain byte
         self.bad = 0

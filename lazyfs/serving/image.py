@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyfs.serving.device import LayerHandle
+from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.sources.source import Source
 from lazyfs.system.process import resident_bytes
 
@@ -20,8 +21,14 @@ class Image:
     namespace_path: str
     layers: tuple[LayerHandle, ...]  # in the order of the namespace's device table
     source: Source
+    dispatcher: Dispatcher  # of the source
     lock_fd: int
     users: int = 1
+
+    def promise(self, timeout_s: float) -> None:
+        """A mount of it was promised that reads end within `timeout_s`; holds until the image is closed."""
+        for handle in self.layers:
+            handle.promise(self.manifest_digest, timeout_s)
 
     def statistics(self) -> dict[str, Any]:
         """What `lazyfs stats` shows: transfers of the image's source, blocks and reads of its layers, and the

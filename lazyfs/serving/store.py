@@ -19,6 +19,7 @@ import trio
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.images import index_directory, make_index_directory, read_file
 from lazyfs.cache.locks import lock_shared
+from lazyfs.core.deadlines import answer_s
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.blob import Index
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable
@@ -26,9 +27,12 @@ from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.images.resolve import Resolved, close_source, resolve
+from lazyfs.serving.blob import Blob
 from lazyfs.serving.device import LayerHandle
-from lazyfs.serving.fetcher import FetchLimits, LayerFetcher, Origin
+from lazyfs.serving.dispatch import Dispatcher
+from lazyfs.serving.fetcher import LayerFetcher
 from lazyfs.serving.image import Image
+from lazyfs.serving.spansource import SpanSource
 from lazyfs.serving.windows import Windows
 from lazyfs.sources.access import Access
 from lazyfs.sources.source import Sources
@@ -50,7 +54,7 @@ class ImageStore:
         self.images: dict[str, Image] = {}  # by manifest digest
         self.handles: dict[str, LayerHandle] = {}  # by content root
         self._nursery = nursery
-        self._limits = FetchLimits()
+        self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
         self._sources = Sources()
         # By manifest digest, so that a slow registry holds up nobody but those who want the same image.
         self._opening: collections.defaultdict[str, trio.Lock] = collections.defaultdict(trio.Lock)
@@ -74,6 +78,7 @@ class ImageStore:
                         await close_source(resolved.source)
                         return found
                     return await self._open(resolved, found, timeout_s)
+                image.promise(timeout_s)
                 image.users += 1  # no checkpoint since it was found
         except BaseException:
             await close_source(resolved.source)
@@ -83,8 +88,7 @@ class ImageStore:
 
     async def _resolve(self, text: str, access: Access, timeout_s: float, known: str | None) -> Resolved:
         """As resolve(). While its registry is away, a reference means what is open under it."""
-        # Half of it, so that a connection that fell silent costs a read time, but does not fail it.
-        patience_s = timeout_s / 2
+        patience_s = answer_s(timeout_s)
         try:
             return await resolve(self.cache, text, access, known, self._sources, patience_s)
         except RemoteError as error:
@@ -154,7 +158,7 @@ class ImageStore:
             )
             namespace = self._namespace(namespace_path, documents.found.index)
             layers = [
-                self._layer(resolved, documents.found, device.tag.decode("ascii", "replace"), fresh)
+                self._layer(resolved, documents.found, device.tag.decode("ascii", "replace"), fresh, timeout_s)
                 for device in ErofsReader(namespace).devices
             ]
             sizes = [device.size_bytes for device in ErofsReader(namespace).devices]
@@ -166,18 +170,23 @@ class ImageStore:
             os.close(lock_fd)
             raise
         self.handles.update(fresh)
-        for handle, origin in layers:
-            handle.fetcher.add_origin(origin)
-            handle.timeout_s = timeout_s
-        return Image(
+        dispatcher = Dispatcher(self._nursery)
+        for handle, blob in layers:
+            fetcher = handle.fetcher
+            source = SpanSource(blob, fetcher.fragments, self._decoders, fetcher.sources)
+            fetcher.add(source, dispatcher)
+        image = Image(
             reference=str(resolved.reference),
             manifest_digest=resolved.manifest_digest,
             config=documents.config,
             namespace_path=namespace_path,
             layers=tuple(handle for handle, _ in layers),
             source=resolved.source,
+            dispatcher=dispatcher,
             lock_fd=lock_fd,
         )
+        image.promise(timeout_s)
+        return image
 
     def _lock(self, manifest_digest: str) -> int:
         """Takes the image's directory against eviction, making it anew if it has just been evicted."""
@@ -204,7 +213,8 @@ class ImageStore:
         found: Found,
         content_root: str,
         fresh: dict[str, LayerHandle],
-    ) -> tuple[LayerHandle, Origin]:
+        timeout_s: float,
+    ) -> tuple[LayerHandle, Blob]:
         """The handle of one device, from `fresh` if it was not open before, and where to fetch it."""
         index = found.index
         numbers = [number for number, one in enumerate(index.layers) if one.content_root == content_root]
@@ -214,7 +224,7 @@ class ImageStore:
         handle = self.handles.get(content_root) or fresh.get(content_root)
         if handle is None:
             layer = self.cache.create_layer(content_root, index.table(numbers[0]))
-            handle = LayerHandle(layer, LayerFetcher(layer, self._limits, self._nursery))
+            handle = LayerHandle(layer, LayerFetcher(layer))
             fresh[content_root] = handle
         spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, index.spans(numbers[0]))
         if spans.tar_bytes < handle.layer.table.tar_bytes:
@@ -223,9 +233,8 @@ class ImageStore:
             raise ImageError("the index lacks windows that its spans need")
         remote = (resolved.source, found.windows_digest) if found.windows_digest else None
         groups = os.path.join(index_directory(self.cache, resolved.manifest_digest), "groups")
-        return handle, Origin(
-            resolved.source, record.blob_digest, spans, Windows(record.window_groups, groups, remote)
-        )
+        windows = Windows(record.window_groups, groups, remote)
+        return handle, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s)
 
     async def aclose(self) -> None:
         """Closes the connections of all sources. The last act."""
@@ -240,15 +249,14 @@ class ImageStore:
                 return
             del self.images[image.manifest_digest]
             kept = {handle.content_root for other in self.images.values() for handle in other.layers}
-            gone = []
             for handle in image.layers:
-                gone += handle.fetcher.remove_origins(image.source)
+                handle.fetcher.remove(image.dispatcher)
+                handle.release(image.manifest_digest)
                 if handle.content_root not in kept and handle.content_root in self.handles:
                     del self.handles[handle.content_root]
                     handle.layer.close()
             os.close(image.lock_fd)
         try:
-            for origin in gone:
-                await origin.stop()
+            await image.dispatcher.aclose()
         finally:
             await close_source(image.source)

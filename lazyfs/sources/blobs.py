@@ -14,6 +14,7 @@ from typing import Protocol
 import trio
 
 from lazyfs.core.oci.digests import DigestCheck, digest_matches
+from lazyfs.core.retries import MAX_RESOLVES
 from lazyfs.errors import ImageError, NotFound, RemoteError
 from lazyfs.sources.http import BodyTooLarge, HttpClient, Response, StreamResponse
 from lazyfs.sources.urls import redact
@@ -27,7 +28,6 @@ PROGRESS_BYTES = 1 << 20
 REFUSED = frozenset(
     {400, 401, 403, 404, 410}
 )  # what expired signed URLs get: S3, Azure 403; GCS 400; CDNs 404, 410
-MAX_RESOLVES = 3
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 

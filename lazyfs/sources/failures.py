@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from lazyfs.core.retries import REQUEST_ATTEMPTS
+
 
 class Failed(Exception):
     """One attempt failed."""
@@ -21,7 +23,7 @@ class Failed(Exception):
 class RetryPolicy:
     """Exponential back-off with full jitter: attempt n waits a random time up to min(cap, base * 2^n)."""
 
-    attempts: int = 5
+    attempts: int = REQUEST_ATTEMPTS
     base_s: float = 0.2
     cap_s: float = 5.0
 

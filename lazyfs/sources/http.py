@@ -17,13 +17,13 @@ from typing import TypeVar
 
 import trio
 
+from lazyfs.core.retries import MAX_REDIRECTS
 from lazyfs.errors import RemoteError
 from lazyfs.sources.connections import Answer, Connections
 from lazyfs.sources.failures import Failed, RetryPolicy
 from lazyfs.sources.transfer import PATIENCE_S, TransferCounters
 from lazyfs.sources.urls import is_loopback, led_to, origin, redact, retry_after_s
 
-MAX_REDIRECTS = 5  # registry -> blob store is one hop; proxies add one or two
 MAX_ERROR_BODY_BYTES = 64 << 10
 MAX_RETRY_AFTER_S = 60.0  # a server that wants more is answered with an error, not with waiting
 TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})

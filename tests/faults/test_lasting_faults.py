@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import Lazyfs
 from tests.faults.conftest import Mount
 from tests.faults.world import BLOBS, GRACE_S, LAYERS, World, assert_io_error, assert_right
 from tests.servers import FaultProxy, RegistryServer, Rule
@@ -70,6 +72,21 @@ def test_a_silent_registry_costs_a_read_no_more_than_its_timeout(
     with ThreadPoolExecutor(len(paths)) as pool:
         for one in [pool.submit(assert_io_error, path, timeout_s + GRACE_S) for path in paths]:
             one.result()
+
+
+def test_a_layer_that_images_share_keeps_the_shortest_promise(
+    world: World, proxy: FaultProxy, registry: RegistryServer, lazyfs: Lazyfs, mount: Mount, tmp_path: Path
+) -> None:
+    """Whichever was mounted last, also of one image."""
+    again = world.with_another_config(f"{registry.host}/again:v1")
+    lazyfs("index", "--push", "-o", f"cache={tmp_path / 'scratch'}", again)
+    patient = [world.image(proxy.host), again.replace(registry.host, proxy.host)]
+    mount(patient[0], "backend=kernel", "timeout=60")
+    hurried = mount(world.image(proxy.host), "backend=kernel", f"timeout={TIMEOUT_S}")
+    for image in patient:
+        mount(image, "backend=kernel", "timeout=60")
+    proxy.rules[:] = [Rule("stall", times=None)]
+    assert_io_error(hurried / "l4/large", TIMEOUT_S + GRACE_S)
 
 
 def test_a_stopped_registry_fails_reads_until_it_is_back(

@@ -44,6 +44,16 @@ class World:
     def image(self, host: str) -> str:
         return f"{host}/{self.repository}:v1"
 
+    def with_another_config(self, reference: str) -> str:
+        """Pushes another image of the same layers; returns its reference."""
+        layout = Layout(self.layout)
+        manifest = layout.document(layout.resolve("v1"))
+        diff_ids = layout.document(manifest["config"])["rootfs"]["diff_ids"]
+        layers = list(zip(manifest["layers"], diff_ids, strict=True))
+        layout.tag("again", layout.add_image(layers, {"Cmd": ["/again"]}))
+        push(self.layout, "again", reference)
+        return reference
+
     def manifest(self) -> bytes:
         layout = Layout(self.layout)
         return layout.blob_path(layout.resolve("v1")["digest"]).read_bytes()

@@ -4,13 +4,9 @@ few requests.
 
 from __future__ import annotations
 
-import functools
-import gzip
+import gc
 import random
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,173 +14,32 @@ import pytest
 import trio
 import trio.lowlevel
 import trio.testing
-from backports import zstd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lazyfs.cache.directory import BlockCache
-from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.layer.plan import spans_for_block
-from lazyfs.core.layer.spans import Compression, Point, SpanTable, encode_points
-from lazyfs.decoding.layers import layer_inflater
+from lazyfs.core.layer.spans import Compression, SpanTable, encode_points
+from lazyfs.decoding.span import SpanDecoder
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
-from lazyfs.serving.device import LayerHandle
-from lazyfs.serving.fetcher import FetchLimits, LayerFetcher, Origin
+from lazyfs.serving.dispatch import Reader
 from lazyfs.serving.windows import Windows
 from lazyfs.sources.source import Source
-from lazyfs.sources.transfer import TransferCounters
-from tests.cache.cachelayers import make_layer
-
-SIZES = [
-    3 * BLOCK_BYTES,
-    100,
-    70_000,
-    5 * BLOCK_BYTES + 17,
-    4096,
-    900_000,
-    1,
-    2 * BLOCK_BYTES,
-    300_000,
-] * 2 + [1_000_000]
-LAYER = make_layer(SIZES)
-Fault = Callable[[bytes], Awaitable[bytes]]
-
-
-@functools.cache
-def tar() -> bytes:
-    table = BlockTable(LAYER.table)
-    data = bytearray(table.tar_bytes)
-    for block in range(table.count):
-        start = table.tar_offsets[block]
-        data[start : start + table.lengths[block]] = LAYER.content(block)
-    return bytes(data)
-
-
-@dataclass
-class Stored:
-    """The layer as a blob with its spans and windows."""
-
-    blob: bytes
-    spans: SpanTable
-    points: list[Point] = field(default_factory=list)
-    groups: tuple[tuple[int, int], ...] = ()
-    windows: bytes = b""
-
-
-@functools.cache
-def stored(kind: str) -> Stored:
-    if kind == "plain":
-        return Stored(tar(), SpanTable(Compression.PLAIN, len(tar()), len(tar())))
-    pieces = [tar()[at : at + 500_000] for at in range(0, len(tar()), 500_000)]
-    blob = {
-        "gzip": lambda: gzip.compress(tar(), 6),
-        "members": lambda: b"".join(gzip.compress(piece, 1) for piece in pieces),
-        "zstd": lambda: zstd.compress(tar()),
-        "frames": lambda: b"".join(zstd.compress(piece) for piece in pieces),
-    }[kind]()
-    compression = Compression.GZIP if kind in ("gzip", "members") else Compression.ZSTD
-    inflater = layer_inflater(compression)
-    assert b"".join([*inflater.feed(blob), *inflater.finish()]) == tar()
-    spans = SpanTable(compression, len(blob), len(tar()), encode_points(inflater.points))
-    groups, at = [], 0
-    for group in inflater.window_groups:
-        groups.append((at, len(group)))
-        at += len(group)
-    return Stored(blob, spans, inflater.points, tuple(groups), b"".join(inflater.window_groups))
-
-
-@dataclass(eq=False)
-class FakeSource:
-    """A source of one layer and its windows, in memory, that does to each answer what `faults` says,
-    in turn.
-    """
-
-    stored: Stored
-    faults: list[Fault] = field(default_factory=list)
-    ranges: list[tuple[int, int]] = field(default_factory=list)
-    counters: TransferCounters = field(default_factory=TransferCounters)
-
-    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
-        await trio.lowlevel.checkpoint()
-        if digest == "windows":
-            return self.stored.windows[start:end]
-        self.ranges.append((start, end))
-        answer = self.stored.blob[start:end]
-        return await self.faults.pop(0)(answer) if self.faults else answer
-
-
-async def flip(answer: bytes) -> bytes:
-    middle = len(answer) // 2
-    return answer[:middle] + bytes([answer[middle] ^ 0x55]) + answer[middle + 1 :]
-
-
-async def cut(answer: bytes) -> bytes:
-    return answer[: len(answer) // 3]
-
-
-async def refuse(answer: bytes) -> bytes:
-    raise RemoteError("the test says no")
-
-
-async def hang(answer: bytes) -> bytes:
-    await trio.sleep_forever()
-    raise AssertionError
-
-
-async def fine(answer: bytes) -> bytes:
-    return answer
-
-
-@dataclass
-class Rig:
-    handle: LayerHandle
-    source: FakeSource
-    nursery: trio.Nursery
-
-    async def read(self, address: int = 0, size_bytes: int = len(LAYER.device)) -> None:
-        """Reads, and compares with the truth."""
-        expected = LAYER.device[address : address + size_bytes]
-        assert await self.handle.read(address, size_bytes) == expected
-
-    @property
-    def fetched(self) -> int:
-        """Bytes of the blob that came so far."""
-        return sum(end - start for start, end in self.source.ranges)
-
-    async def landed(self) -> None:
-        """Waits for the end of all flights."""
-        with trio.fail_after(10):
-            while self.nursery.child_tasks:
-                await trio.lowlevel.checkpoint()
-
-    def blocks(self, *numbers: int) -> tuple[int, int]:
-        """Address and size of a run of blocks."""
-        table = self.handle.layer.table
-        return table.addresses[numbers[0]], table.addresses[numbers[-1]] + table.lengths[
-            numbers[-1]
-        ] - table.addresses[numbers[0]]
-
-
-@asynccontextmanager
-async def rig(kind: str, *faults: Fault, timeout_s: float = 30.0) -> AsyncIterator[Rig]:
-    """A handle on the layer in an empty cache, its source answering with `faults` first."""
-    kept = stored(kind)
-    source = FakeSource(kept, list(faults))
-    with tempfile.TemporaryDirectory(prefix="fetch-") as directory:
-        cache = BlockCache(directory)
-        layer = cache.create_layer(LAYER.content_root, LAYER.table)
-        async with trio.open_nursery() as nursery:
-            fetcher = LayerFetcher(layer, FetchLimits(timeout_s=timeout_s), nursery)
-            windows = Windows(kept.groups, directory, (cast(Source, source), "windows"))
-            fetcher.add_origin(Origin(cast(Source, source), "layer", kept.spans, windows))
-            handle = LayerHandle(layer, fetcher)
-            handle.timeout_s = timeout_s
-            yield Rig(handle, source, nursery)
-            nursery.cancel_scope.cancel()
-        layer.close()
-
-
-KINDS = ["plain", "gzip", "members", "zstd", "frames"]
+from tests.serving.rig import (
+    KINDS,
+    LAYER,
+    FakeSource,
+    Fault,
+    Rig,
+    Stored,
+    cut,
+    fine,
+    flip,
+    hang,
+    refuse,
+    rig,
+    stored,
+    tar,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,18 +168,17 @@ async def test_a_cancelled_reader_leaves_the_flight_going() -> None:
 
 async def test_a_layer_without_a_source_says_so() -> None:
     async with rig("plain") as it:
-        it.handle.fetcher.remove_origins(cast(Source, it.source))
+        await it.remove()
         with pytest.raises(RemoteError, match="no source"):
             await it.read()
 
 
-async def test_another_origin_steps_in_for_one_that_fails() -> None:
+async def test_another_image_s_source_steps_in_for_one_that_fails() -> None:
     async with rig("gzip") as it:
         kept = stored("gzip")
         broken = FakeSource(kept, [refuse] * 100)
         again = SpanTable(Compression.GZIP, len(kept.blob), len(tar()), encode_points(kept.points))
-        windows = Windows(kept.groups, "/nonexistent", (cast(Source, broken), "windows"))
-        it.handle.fetcher.add_origin(Origin(cast(Source, broken), "layer", again, windows))
+        it.add(broken, spans=again)
         await it.read()
         assert broken.ranges and it.source.ranges
 
@@ -340,15 +194,14 @@ async def test_an_image_with_the_layer_in_another_blob_opens_and_closes_during_a
 
     async with rig("plain", slow) as it:
         other = FakeSource(stored("zstd"))
-        windows = Windows((), "/nonexistent", None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.read, *it.blocks(it.handle.layer.table.count - 1))
             await arrived.wait()
-            it.handle.fetcher.add_origin(Origin(cast(Source, other), "other", stored("zstd").spans, windows))
+            it.add(other, "other")
             nursery.start_soon(it.read, *it.blocks(0))
             await trio.testing.wait_all_tasks_blocked()
             go_on.set()
-        it.handle.fetcher.remove_origins(cast(Source, other))
+        await it.remove(1)
         await it.read()
 
 
@@ -404,3 +257,25 @@ def test_any_reads_under_any_faults_are_right_or_an_error(
     run: Any = trio.run
     run(main)
     assert not errors or faults
+
+
+async def test_nothing_on_the_way_of_a_read_waits_for_the_cycle_collector() -> None:
+    """It seldom looks, and a decoder has 0.1 MB."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with rig("gzip", fine, fine, refuse, refuse) as it:
+            for number in range(0, it.handle.layer.table.count, 5):
+                try:
+                    await it.read(*it.blocks(number))
+                except LazyfsError:
+                    await it.landed()
+            await it.landed()
+            held = weakref.ref(it.handle.layer), weakref.ref(it.sources[0]), weakref.ref(it.dispatchers[0])
+            await it.remove()
+        del it
+        await trio.lowlevel.checkpoint()
+        assert [one() for one in held] == [None] * len(held)
+        assert not [one for one in gc.get_objects() if isinstance(one, SpanDecoder | Reader)]
+    finally:
+        gc.enable()

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
-from typing import cast
 
 import pytest
 import trio
 import trio.testing
 
-from lazyfs.cache.directory import BlockCache
 from lazyfs.core.layer.plan import REQUEST_BYTES, slack_bytes, spans_for_block
 from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, Span, SpanTable, encode_points
 from lazyfs.errors import ImageError, RemoteError
-from lazyfs.serving.assemble import Fragments
-from lazyfs.serving.fetcher import Origin
-from lazyfs.serving.windows import Windows
-from lazyfs.sources.source import Source
-from tests.serving.test_fetch import KINDS, LAYER, FakeSource, Rig, Stored, fine, refuse, rig, stored, tar
+from tests.serving.rig import KINDS, LAYER, FakeSource, Rig, Stored, fine, refuse, rig, stored, tar
 
 PARTED = ["plain", "gzip", "members"]  # spans that are fetched in part; zstd ones are whole frames
 
@@ -86,9 +80,18 @@ async def test_who_has_read_much_gets_more_at_once() -> None:
     async with rig("gzip") as it:
         spans = stored("gzip").spans
         span, one, other = far_apart(it, spans)
-        it.handle.fetcher._demanded_bytes = 64 << 20
+        for _ in range(2):
+            it.source.faults += [refuse] * len(spans)
+            with pytest.raises(RemoteError):
+                await it.read()
+            await it.landed()
+            it.source.faults.clear()
+        it.source.ranges.clear()
         await it.read(*it.blocks(one))
-        assert it.source.ranges == [(span.blob_start, spans.blob_end_for(span, end_of(it, one) + (1 << 20)))]
+        demanded_bytes = 2 * sum(it.handle.layer.table.lengths) + it.handle.layer.table.lengths[one]
+        slack = slack_bytes(demanded_bytes, 0)
+        assert slack > slack_bytes(0, 0)
+        assert it.source.ranges == [(span.blob_start, spans.blob_end_for(span, end_of(it, one) + slack))]
         assert it.handle.layer.has(other)
 
 
@@ -105,7 +108,6 @@ async def test_from_far_away_more_comes_at_once() -> None:
 
         it.source.faults.append(late)
         await it.read(*it.blocks(blocks_inside(it, spans[elsewhere])[0]))
-        assert 0.05 <= it.handle.fetcher._quickest_s < 1
         await it.read(*it.blocks(one))
         assert it.handle.layer.has(other)
 
@@ -180,8 +182,10 @@ async def test_a_block_before_the_place_a_span_was_left_at_is_fetched_again(kind
         span, one, other = far_apart(it, stored(kind).spans)
         await it.read(*it.blocks(one))
         address, size = it.blocks(one)
-        it.handle.layer._open().marks[one] = 0  # as a process that found it rotten does
-        it.handle.layer._checked[one] = 0
+        data_fd = os.open(it.handle.layer.open_data_path(), os.O_WRONLY)
+        os.pwrite(data_fd, bytes(size), address)
+        os.close(data_fd)
+        assert it.handle.layer.verify() == [one]
         before = len(it.source.ranges)
         await it.read(address, size)
         assert it.source.ranges[before][0] == span.blob_start
@@ -215,14 +219,12 @@ async def test_a_refused_request_does_not_lose_what_was_decoded(kind: str) -> No
 
 async def test_cursors_are_few_and_evicted_ones_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a layer with many spans, of which one place each is read."""
-    monkeypatch.setattr("lazyfs.serving.fetcher._MAX_CURSORS", 2)
+    monkeypatch.setattr("lazyfs.serving.spanrun.MAX_CURSORS", 2)
     kept = many_spans()
     async with rig("gzip") as it:
         source = FakeSource(kept)
-        fetcher = it.handle.fetcher
-        fetcher.remove_origins(cast(Source, it.source))
-        windows = Windows(kept.groups, "/nonexistent", None)
-        fetcher.add_origin(Origin(cast(Source, source), "other", kept.spans, windows))
+        await it.remove()
+        cursors = it.add(source, "other").cursors
         begun = []
         for number in range(len(kept.spans)):
             inside = blocks_inside(it, kept.spans[number])
@@ -230,11 +232,10 @@ async def test_cursors_are_few_and_evicted_ones_begin_anew(monkeypatch: pytest.M
                 await it.read(*it.blocks(inside[0]))
                 await it.landed()
                 begun.append(number)
-            assert len(fetcher._cursors) <= 2 < len(kept.spans)
-        assert len(fetcher._cursors) == 2 < len(begun)
+            assert len(cursors) <= 2 < len(kept.spans)
+        assert len(cursors) == 2 < len(begun)
         await it.read()
-        fetcher.remove_origins(cast(Source, source))
-        assert not fetcher._cursors
+        assert not it.source.ranges
 
 
 def many_spans() -> Stored:
@@ -253,13 +254,12 @@ async def test_spans_without_milestones_are_fetched_whole() -> None:
     kept = stored("gzip")
     entries = [point for point in kept.points if point.kind is not PointKind.MILESTONE]
     spans = SpanTable(Compression.GZIP, len(kept.blob), len(tar()), encode_points(entries))
-    async with rig("gzip") as it:
-        it.handle.fetcher.origins[0].spans = spans
+    async with rig("gzip", spans=spans) as it:
         for block in blocks_inside(it, spans[1]):
             await it.read(*it.blocks(block))
         await it.landed()
         assert it.source.ranges == [(spans[1].blob_start, spans[1].blob_end)]
-        assert not it.handle.fetcher._cursors
+        assert not len(it.sources[0].cursors)
 
 
 def hostile_milestones(kind: str) -> Iterator[list[Point]]:
@@ -280,8 +280,7 @@ async def test_milestones_that_lie_only_cost_requests(kind: str) -> None:
     kept = stored(kind)
     for points in hostile_milestones(kind):
         spans = SpanTable(kept.spans.compression, len(kept.blob), len(tar()), encode_points(points))
-        async with rig(kind) as it:
-            it.handle.fetcher.origins[0].spans = spans
+        async with rig(kind, spans=spans) as it:
             for block in (0, 3, it.handle.layer.table.count - 1):
                 await it.read(*it.blocks(block))
             await it.read()
@@ -292,8 +291,7 @@ async def test_entries_that_lie_end_in_an_error() -> None:
     kept = stored("gzip")
     points = [kept.points[0], Point(5000, 100_000, 3, PointKind.ENTRY), Point(9000, 300_000, 0, PointKind.ENTRY)]
     spans = SpanTable(Compression.GZIP, len(kept.blob), len(tar()), encode_points(points))
-    async with rig("gzip") as it:
-        it.handle.fetcher.origins[0].spans = spans
+    async with rig("gzip", spans=spans) as it:
         with pytest.raises((ImageError, RemoteError)):
             await it.read()
         assert len(it.source.ranges) < 100
@@ -345,43 +343,46 @@ async def test_wishes_for_a_span_that_is_not_on_its_way_yet_go_together() -> Non
         assert len(it.source.ranges) == 1
 
 
-async def test_an_origin_with_other_spans_does_not_go_on_with_a_foreign_cursor() -> None:
+async def test_another_image_of_the_same_blob_goes_on_where_the_first_was() -> None:
+    async with rig("gzip") as it:
+        span, one, other = far_apart(it, stored("gzip").spans)
+        await it.read(*it.blocks(one))
+        second = FakeSource(stored("gzip"))
+        it.add(second)
+        await it.read(*it.blocks(other))
+        assert len(it.source.ranges) == 1
+        assert second.ranges[0][0] == it.source.ranges[0][1] > span.blob_start
+
+
+async def test_a_span_on_its_way_from_one_image_s_source_is_not_asked_of_another() -> None:
+    arrived, go_on = trio.Event(), trio.Event()
+
+    async def slow(answer: bytes) -> bytes:
+        arrived.set()
+        await go_on.wait()
+        return answer
+
+    async with rig("gzip", slow) as it:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(it.read, *it.blocks(4))
+            await arrived.wait()
+            second = FakeSource(stored("gzip"))
+            it.add(second)
+            nursery.start_soon(it.read, *it.blocks(4))
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+        assert len(it.source.ranges) == 1 and not second.ranges
+
+
+async def test_a_source_with_other_spans_does_not_go_on_with_a_foreign_cursor() -> None:
     async with rig("gzip") as it:
         _, one, other = far_apart(it, stored("gzip").spans)
         await it.read(*it.blocks(one))
         frames = FakeSource(stored("frames"))
-        windows = Windows((), "/nonexistent", None)
-        it.handle.fetcher.add_origin(Origin(cast(Source, frames), "frames", stored("frames").spans, windows))
+        it.add(frames, "frames")
         await it.read(*it.blocks(other))
         assert frames.ranges and len(it.source.ranges) == 1
-        it.handle.fetcher.remove_origins(cast(Source, frames))
+        await it.remove(1)
         await it.read()
         assert no_byte_twice(it.source.ranges)
         assert not it.source.counters.retries
-
-
-def test_fragments_know_what_they_lack(tmp_path: Path) -> None:
-    layer = BlockCache(str(tmp_path)).create_layer(LAYER.content_root, LAYER.table)
-    table = layer.table
-    block = 0
-    start, length = table.tar_offsets[block], table.lengths[block]
-    whole = LAYER.content(block)
-    before = Span(0, 0, 1, 0, start + 1000, 0, None)  # it ends in the block
-    behind = Span(1, 1, 2, start + 1000, start + length + 500, 0, None)
-    fragments = Fragments(layer)
-    assert fragments.lacks_from(block, before) == start
-    assert fragments.add(block, 0, whole[:600]) is None
-    assert fragments.lacks_from(block, before) == start + 600
-    assert fragments.add(block, 600, whole[600:1000]) is None
-    assert fragments.lacks_from(block, before) is None
-    assert fragments.lacks_from(block, behind) == start + 1000
-    for at in range(1000, length, 300):
-        assert fragments.lacks_from(block, behind) == start + at
-        done = fragments.add(block, at, whole[at : at + 300])
-    assert done == whole
-    assert fragments.add(block, 0, b"x" * 5) is None  # anew, from another decoder: what it says is taken
-    fragments.forget(block)
-    assert fragments.lacks_from(block, before) == start
-    for other in range(1, table.count):
-        fragments.add(other, 0, b"x")
-    layer.close()

@@ -7,26 +7,19 @@ from collections.abc import Set
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import SpanTable
 
-# The largest single range request. Measured with httpx on loopback: throughput stops rising at 1 MiB, and a
-# larger request only delays the first block and loses more when it breaks.
+# The largest single range request: throughput stops rising at 1 MiB (loopback), and a larger one only delays the
+# first block and loses more when it breaks.
 REQUEST_BYTES = 4 << 20
-# How far beyond what is wanted a span is fetched, in plain bytes: at first, and at most. Simulated with the reads of a
-# python start on a 110 MB image: whole spans 45 requests and 10.5 % of the image, 256 KiB 57 and 9.3 %, 64 KiB 65 and
-# 8.3 %, none 76 and 7.7 %.
+# How far beyond what is wanted a span is fetched, in plain bytes: at first, and at most. What is near is read soon: 4
+# KiB save a seventh of a python start's requests for a hundredth more of the image.
 MIN_SLACK_BYTES = 4 << 10
 MAX_SLACK_BYTES = 1 << 20
-# It grows once so much of a layer was demanded, by this share of what was demanded beyond that. Measured over the LAN,
-# 4 KiB always and with this: golang 281 and 231 requests (3 % more bytes), nodejs 150 and 131 (5 %), haskell 368 and
-# 268 (3 %), runs 9 to 14 % shorter (single starts); those that read less stay as they were. From 8 MiB on: 228,
-# 127, 259 requests, but `make bench`'s python start fetches 9.6 % of its image for 9.1; a sixteenth of all: 10.7 %.
+# It grows once so much of a layer was demanded, by this share of what was demanded beyond that: heavy readers keep
+# reading. A golang start needs a sixth fewer requests so, and smaller starts fetch no byte more.
 _SMALL_START_BYTES = 12 << 20
 _SLACK_SHARE = 8
-
-
 # Where a request takes long whatever it brings, more is fetched from the beginning. A registry near by answers within
-# the first, on a slow machine, too; behind that, so much for each second. Starts over WAN (20 ms, 200 Mbit/s) and home
-# (40 ms, 50 Mbit/s) with 4 KiB and with this: python 50 and 37 requests (21 % more bytes), redis 66 and 46 (11 %),
-# rails 97 and 69 (15 %), runs 15 to 19 % shorter over WAN and 7 to 13 % at home; with 16 MiB a second half of that.
+# the first, on a slow machine, too; behind that, so much for each second: over WAN, starts are 15 to 19 % shorter.
 _NEAR_S = 0.010
 _FAR_BYTES_PER_S = 64 << 20
 

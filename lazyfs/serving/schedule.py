@@ -1,0 +1,208 @@
+"""What is fetched next by way of one registry or layout. Decides; does nothing: no await, no clock.
+
+A piece (sources.py) is wanted, then in flight, then forgotten. What was wanted once is brought, whether or not
+somebody still waits for it: the kernel asks again for what a read did not get in time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from lazyfs.errors import LazyfsError
+from lazyfs.serving.sources import Batch, BlockSource, Extent, Part
+
+# Batches in flight at once. Four keep the decoder busy (loopback, 2 cores); more only take memory.
+SLOTS = 6
+# Of which only readers take the last ones, so that a read never waits for the end of something less urgent.
+READ_SLOTS = 1
+
+
+class Rank(enum.IntEnum):
+    """How urgent something is; the lower, the sooner."""
+
+    READ = 0  # somebody waits for it, or soon will
+    PACK = 1  # a start will want it, as earlier ones did
+    FILL = 2  # all the rest
+
+
+class Ticket:
+    """One reader's claim on all that it waits for, perhaps in several schedules."""
+
+    def __init__(self) -> None:
+        self.failures: dict[BlockSource, LazyfsError] = {}  # of what was begun for this reader
+        self.served = 0  # batches that were begun for it, and came
+        self.left = False  # nobody waits any more
+
+    def leave(self) -> None:
+        """The reader is gone, with or without what it wanted."""
+        self.left = True
+        self.failures.clear()  # the one that was raised knows the frames that know this
+
+
+T = TypeVar("T", bound=Ticket)
+_Key = tuple[BlockSource, int]  # a source and one of its pieces
+
+
+@dataclass(slots=True)
+class _Late(Generic[T]):
+    """Those who came when a piece was in flight already. If that fails, they have not tried yet."""
+
+    rank: Rank
+    extent: Extent | None = None
+    tickets: dict[T, None] = field(default_factory=dict)
+
+
+class Schedule(Generic[T]):
+    """Owned by one dispatcher. What holds between two calls:
+
+    - a piece is queued at one rank, or in flight, or neither;
+    - at most `slots` batches are in flight; a batch below READ started while READ_SLOTS more were free;
+    - a ticket waits for a piece only while that is queued or in flight.
+    """
+
+    def __init__(self, slots: int = SLOTS) -> None:
+        self._slots = slots
+        self._going = 0  # batches in flight
+        # By rank, then by source in the order of their turns: what is wanted of each piece, first come first.
+        self._queues: dict[Rank, dict[BlockSource, dict[int, Extent]]] = {rank: {} for rank in Rank}
+        self._in_flight: set[_Key] = set()
+        self._tickets: dict[_Key, dict[T, None]] = {}  # who waits for a piece, and waited when it was begun
+        self._late: dict[_Key, _Late[T]] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or in flight."""
+        return not self._going and not any(self._queues.values())
+
+    def knows(self, source: BlockSource, parts: Iterable[Part]) -> bool:
+        """Whether one of these pieces is queued or in flight."""
+        keys = [(source, part.piece) for part in parts]
+        return any(key in self._in_flight or self._rank_of(key) is not None for key in keys)
+
+    def want(self, source: BlockSource, part: Part, rank: Rank, ticket: T | None = None) -> bool:
+        """Somebody wants a part of a block. False: there is nothing to wait for, as all of it came already.
+
+        What is queued at a lower rank rises to `rank`; what is in flight is joined.
+        """
+        key = source, part.piece
+        if key in self._in_flight:
+            self._join(key, part.lacks, rank, ticket)
+            return True
+        queued_at = self._rank_of(key)
+        extent = part.lacks
+        if queued_at is None:
+            if extent is None:
+                return False
+            self._put(key, rank, extent)
+        else:
+            queued = self._queues[queued_at][source][part.piece]
+            extent = queued if extent is None else queued.union(extent)
+            if rank < queued_at:
+                self._take(key, queued_at)
+                self._put(key, rank, extent)
+            else:
+                self._queues[queued_at][source][part.piece] = extent
+        if ticket is not None:
+            self._tickets.setdefault(key, {})[ticket] = None
+        return True
+
+    def start(self) -> list[Batch]:
+        """What may go now, and is in flight from now on. The most urgent first; sources of one rank in turn."""
+        batches: list[Batch] = []
+        for rank in Rank:
+            slots = self._slots if rank is Rank.READ else self._slots - READ_SLOTS
+            queue = self._queues[rank]
+            turns = deque(queue)
+            while turns and self._going < slots:
+                source = turns.popleft()
+                wanted = queue[source]
+                batch = source.batch(next(iter(wanted)), wanted)
+                if batch is None:
+                    continue
+                for piece in batch.pieces:
+                    self._begin((source, piece))
+                if source in queue:
+                    queue[source] = queue.pop(source)  # behind the others
+                    turns.append(source)
+                self._going += 1
+                batches.append(batch)
+        return batches
+
+    def ended(self, batch: Batch, error: LazyfsError | None) -> list[T]:
+        """A batch came, or failed. Returns whom to wake: each looks for itself what it still misses.
+
+        An error is that of those for whom the batch was begun. Who came later tries for himself: what he wants
+        is queued again, and he sleeps on.
+        """
+        self._going -= 1
+        keys = [(batch.source, piece) for piece in batch.pieces]
+        self._in_flight.difference_update(keys)
+        woken = {ticket: None for key in keys for ticket in self._tickets.pop(key, ()) if not ticket.left}
+        for ticket in woken:
+            if error is None:
+                ticket.served += 1
+            else:
+                ticket.failures.setdefault(batch.source, error)
+        for key in keys:
+            if (late := self._late.pop(key, None)) is None:
+                continue
+            waiting = {ticket: None for ticket in late.tickets if not ticket.left and ticket not in woken}
+            if error is not None and waiting and late.extent is not None:
+                self._put(key, late.rank, late.extent)
+                self._tickets[key] = waiting
+            else:
+                woken |= waiting
+        return list(woken)
+
+    def waiting_for(self, batch: Batch) -> list[T]:
+        """Who waits for something that is in flight."""
+        found: dict[T, None] = {}
+        for piece in batch.pieces:
+            key = batch.source, piece
+            found |= self._tickets.get(key, {})
+            if (late := self._late.get(key)) is not None:
+                found |= late.tickets
+        return [ticket for ticket in found if not ticket.left]
+
+    def clear(self) -> list[T]:
+        """Forgets what is queued. Returns who waited for it."""
+        for queue in self._queues.values():
+            queue.clear()
+        dropped = [key for key in self._tickets if key not in self._in_flight]
+        found = {ticket: None for key in dropped for ticket in self._tickets.pop(key) if not ticket.left}
+        return list(found)
+
+    def _join(self, key: _Key, extent: Extent | None, rank: Rank, ticket: T | None) -> None:
+        """Waits for what is in flight. Without a ticket there is nothing to do: it comes anyway."""
+        if ticket is None or ticket in self._tickets.get(key, ()):
+            return
+        late = self._late.setdefault(key, _Late(rank))
+        late.rank = min(late.rank, rank)
+        late.tickets[ticket] = None
+        if extent is not None:
+            late.extent = extent if late.extent is None else late.extent.union(extent)
+
+    def _rank_of(self, key: _Key) -> Rank | None:
+        source, piece = key
+        return next((rank for rank in Rank if piece in self._queues[rank].get(source, ())), None)
+
+    def _put(self, key: _Key, rank: Rank, extent: Extent) -> None:
+        source, piece = key
+        self._queues[rank].setdefault(source, {})[piece] = extent
+
+    def _take(self, key: _Key, rank: Rank) -> None:
+        source, piece = key
+        of_source = self._queues[rank][source]
+        del of_source[piece]
+        if not of_source:
+            del self._queues[rank][source]
+
+    def _begin(self, key: _Key) -> None:
+        rank = self._rank_of(key)
+        if rank is not None:
+            self._take(key, rank)
+        self._in_flight.add(key)
