@@ -37,6 +37,9 @@ ONLY = {
     "matplotlib": "commands",
 }
 
+# Names in the cache directory, parts of paths in cache/ only: others ask it where something is.
+CACHE_NAMES = {"layers", "indexes", "scans", "refs", "uppers", "tmp", "table", "present"}
+
 # What makes a module impure: I/O, clocks, tasks, processes, randomness. `urllib.parse` is pure, and `mmap` is
 # there as the type of a buffer that somebody else has mapped.
 IMPURE = set(
@@ -113,6 +116,14 @@ def test_what_decides_is_pure(name: str) -> None:
 def test_a_library_has_one_room(library: str) -> None:
     importers = {name for name, path in MODULES.items() if any(room(one) == library for one in imports(path))}
     assert {name for name in importers if not f"{name}.".startswith(ONLY[library] + ".")} == set()
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if room(name) != "cache"])
+def test_only_the_cache_room_knows_its_names(name: str) -> None:
+    calls = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call)]
+    joins = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "join"]
+    parts = {part.value for call in joins for part in call.args if isinstance(part, ast.Constant)}
+    assert not parts & CACHE_NAMES
 
 
 def test_the_design_quotes_the_rooms() -> None:

@@ -1,12 +1,14 @@
-"""The block cache: decoded file data of layers, shared by all images and processes of a host.
+"""The cache directory, shared by all images and processes of a host.
 
     <cache>/version                     "1"
-    <cache>/layers/<content root>/      an entry, see cache/layer.py
-    <cache>/indexes/<manifest digest>/  see serving/store.py
-    <cache>/scans/<digest of a blob>/   see scans.py
-    <cache>/refs/                       see images/resolve.py
-    <cache>/uppers/                     see uppers.py
-    <cache>/tmp/                        what is being made, and what was set aside
+    <cache>/layers/<content root>/      an entry: decoded file data of a layer, see layer.py
+    <cache>/indexes/<manifest digest>/  documents and index of an image, see images.py
+    <cache>/scans/<digest of a blob>/   what indexing found out about a layer, see scans.py
+    <cache>/refs/<key>                  the manifest digest that a reference led to, see images/resolve.py
+    <cache>/uppers/<random>/            an upper directory, see uppers.py
+    <cache>/tmp/                        what is being made, and what was removed
+
+The names are declared in places.py. Only this room knows them: others ask here where something is.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
-from lazyfs.cache.layer import CachedLayer, allocate
+from lazyfs.cache import places
+from lazyfs.cache.layer import DATA, PRESENT, TABLE, CachedLayer, allocate
 from lazyfs.cache.locks import lock_shared
-from lazyfs.cache.places import REMOVED
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.errors import HostError, ImageError
 
 _VERSION = b"1\n"
 _CREATE_TRIES = 16
+# Kinds of entries that are evicted one by one, and where they lie.
+_FOLDERS = {"layer": places.LAYERS, "image": places.INDEXES, "scan": places.SCANS}
 
 
 class BlockCache:
@@ -33,9 +38,9 @@ class BlockCache:
         self.path = path
         try:
             os.makedirs(path, mode=0o700, exist_ok=True)
-            for name in ("layers", "indexes", "scans", "refs", "tmp"):
+            for name in (*_FOLDERS.values(), places.REFS, places.TMP):
                 os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
-            version = os.path.join(path, "version")
+            version = os.path.join(path, places.VERSION)
             if not os.path.exists(version):
                 self.write_atomically(version, _VERSION)
             with open(version, "rb") as file:
@@ -49,11 +54,48 @@ class BlockCache:
                 f"the cache directory {path} has an unknown version", "use another with -o cache=DIR"
             )
 
+    # -- where things are, whether they exist or not ------------------------------------------------------
+
+    def layer_path(self, content_root: str) -> str:
+        """The directory of a layer's entry."""
+        return os.path.join(self.path, places.LAYERS, content_root)
+
+    def image_path(self, manifest_digest: str) -> str:
+        """The directory of an image's documents and index."""
+        return places.image_path(self.path, manifest_digest)
+
+    def scan_path(self, blob_digest: str) -> str:
+        """The directory of what indexing found out about a layer."""
+        return os.path.join(self.path, places.SCANS, blob_digest.removeprefix("sha256:"))
+
+    def reference_path(self, key: str) -> str:
+        """The file that has the manifest digest to which a reference led."""
+        return os.path.join(self.path, places.REFS, key)
+
+    @property
+    def tmp(self) -> str:
+        """The directory for what is being made. Whatever an interrupted process leaves there is swept."""
+        return os.path.join(self.path, places.TMP)
+
+    def entry_paths(self) -> Iterator[tuple[str, str]]:
+        """(kind, path) of all that can be evicted by itself, as far as it lies in one directory each: layers, images
+        and scans."""
+        for kind, folder in _FOLDERS.items():
+            directory = os.path.join(self.path, folder)
+            for name in os.listdir(directory):
+                yield kind, os.path.join(directory, name)
+
+    def reference_paths(self) -> list[str]:
+        """All files that a `reference_path` is the path of."""
+        return [self.reference_path(key) for key in os.listdir(os.path.join(self.path, places.REFS))]
+
+    # -- writing -----------------------------------------------------------------------------------------
+
     def write_atomically(self, path: str, data: bytes) -> None:
-        """Writes a whole file so that a reader sees the old or the new one (rename). HostError: disk."""
+        """Writes a whole file so that a reader sees the old or the new one (rename). HostError: the disk fails."""
         temporary = ""
         try:
-            fd, temporary = tempfile.mkstemp(dir=os.path.join(self.path, "tmp"))
+            fd, temporary = tempfile.mkstemp(dir=self.tmp)
             with open(fd, "wb") as file:
                 file.write(data)
             os.replace(temporary, path)
@@ -66,33 +108,32 @@ class BlockCache:
                 ) from None
             raise
 
-    def layer_path(self, content_root: str) -> str:
-        """Where a layer's entry is, whether it exists or not."""
-        return os.path.join(self.path, "layers", content_root)
+    # -- layers ------------------------------------------------------------------------------------------
 
     def open_layer(self, content_root: str) -> CachedLayer | None:
-        """The layer's entry, locked against eviction; None if there is none. Caller closes it.
+        """The layer's entry, locked against eviction; None if there is none. The caller closes it.
 
-        ImageError: the entry is damaged; create_layer() replaces it.
+        ImageError: the entry is damaged; create_layer() replaces it. HostError: it cannot be opened.
         """
         path = self.layer_path(content_root)
+        lock_path = os.path.join(path, places.LOCK)
         while True:
             try:
-                lock_fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC)
+                lock_fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except OSError as error:
                 raise HostError(
                     f"cannot open the cache entry {path}: {error.strerror}", "check the disk"
                 ) from None
-            if lock_shared(lock_fd, os.path.join(path, "lock")):
+            if lock_shared(lock_fd, lock_path):
                 return CachedLayer(path, lock_fd)
             os.close(lock_fd)
 
     def create_layer(self, content_root: str, table: bytes) -> CachedLayer:
-        """Opens the layer's entry, making an empty one if there is none, or none that is whole.
+        """Opens the layer's entry; makes an empty one if there is none that is whole. The caller closes it.
 
-        `table` must have that content root (ImageError). HostError: the disk is full or fails.
+        ImageError: `table` does not have that content root. HostError: the disk is full or fails.
         """
         opened = BlockTable(table)
         if opened.content_root != content_root:
@@ -113,13 +154,13 @@ class BlockCache:
         path = self.layer_path(content_root)
         temporary = ""
         try:
-            temporary = tempfile.mkdtemp(dir=os.path.join(self.path, "tmp"))
-            for name, content in (("table", table), ("data", b""), ("present", b""), ("lock", b"")):
+            temporary = tempfile.mkdtemp(dir=self.tmp)
+            for name, content in ((TABLE, table), (DATA, b""), (PRESENT, b""), (places.LOCK, b"")):
                 with open(os.path.join(temporary, name), "wb") as file:
                     file.write(content)
-                    if name == "data":
+                    if name == DATA:
                         file.truncate(opened.device_bytes)
-                    elif name == "present":
+                    elif name == PRESENT:
                         allocate(file.fileno(), max(8, 8 * opened.count))
             os.rename(temporary, path)
         except OSError as error:
@@ -127,19 +168,19 @@ class BlockCache:
                 shutil.rmtree(temporary, ignore_errors=True)
             if not os.path.lexists(path):
                 raise HostError(f"cannot create a cache entry: {error.strerror}", "check the disk") from None
-            if not os.path.exists(os.path.join(path, "lock")):  # else another process was faster
+            if not os.path.exists(os.path.join(path, places.LOCK)):  # else another process was faster
                 self.set_aside(path)
 
     def peek(self, content_root: str) -> tuple[BlockTable, memoryview] | None:
-        """A layer's block table and marks (0: absent) as they are now; None if there is no whole entry.
+        """A layer's block table and its marks (0: absent) of this moment; None if there is no whole entry.
 
-        Takes no lock and counts as no use: the entry may vanish at any time.
+        Takes no lock and does not count as use: the entry may be evicted at any time.
         """
         path = self.layer_path(content_root)
         try:
-            with open(os.path.join(path, "table"), "rb") as file:
+            with open(os.path.join(path, TABLE), "rb") as file:
                 table = BlockTable(file.read())
-            with open(os.path.join(path, "present"), "rb") as file:
+            with open(os.path.join(path, PRESENT), "rb") as file:
                 marks = memoryview(file.read(8 * table.count)).cast("Q")
         except (OSError, ImageError, TypeError):  # TypeError: `present` is no whole number of marks
             return None
@@ -148,15 +189,14 @@ class BlockCache:
         return table, marks
 
     def set_aside(self, path: str) -> str:
-        """Takes an entry out of the way, to the path returned; `lazyfs cache gc` deletes it if
-        nobody does before.
+        """Renames an entry out of the way and returns its new path. The caller deletes it, or `lazyfs cache gc` does.
         """
-        name = f"{REMOVED}{os.getpid()}-{os.urandom(4).hex()}-{os.path.basename(path)}"
-        grave = os.path.join(self.path, "tmp", name)
+        name = f"{places.REMOVED}{os.getpid()}-{os.urandom(4).hex()}-{os.path.basename(path)}"
+        grave = os.path.join(self.tmp, name)
         with contextlib.suppress(OSError):
             os.rename(path, grave)
         return grave
 
     def content_roots(self) -> list[str]:
         """Content roots of all layers that have an entry."""
-        return sorted(name for name in os.listdir(os.path.join(self.path, "layers")) if len(name) == 64)
+        return sorted(name for name in os.listdir(os.path.join(self.path, places.LAYERS)) if len(name) == 64)

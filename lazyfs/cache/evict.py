@@ -1,8 +1,8 @@
-"""What the cache holds, and making room in it. Only what no mount uses is ever removed.
+"""What the cache holds, and evicting from it. Nothing that a mount uses is ever removed.
 
 An entry is in use while anybody holds its lock file shared (locks.py; for upper directories see uppers.py). Removing
-takes the lock exclusively, renames the entry out of the way, then deletes: killed anywhere, this leaves a whole entry
-or rubbish in tmp/, which the next run sweeps.
+takes the lock exclusively, renames the entry out of the way, then deletes it. A process killed in between leaves a
+whole entry, or rubbish in tmp/ that the next run sweeps.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from dataclasses import dataclass
 from lazyfs.cache import uppers
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.locks import exclusive
-from lazyfs.cache.places import REMOVED
+from lazyfs.cache.places import LOCK, REMOVED
 from lazyfs.core.oci.reference import is_digest
 from lazyfs.errors import LazyfsError
 
-# A download in progress owns its directory in tmp/ and touches it all the time; what is this old is rubbish.
+# A download in progress touches its directory in tmp/ all the time: whatever is so old is rubbish.
 _RUBBISH_AGE_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A layer, the index directory of an image, the scan of a layer, or an upper directory. Times are seconds since the
-    epoch."""
+    """A layer's data, an image's documents, a layer's scan, or an upper directory. Times: seconds since the epoch."""
 
     kind: str  # "layer", "image", "scan" or "upper"
-    name: str  # content root, manifest digest or digest of the layer's blob, 64 hex digits; a random one of an upper
+    name: str  # 64 hex digits: content root, manifest digest or digest of the layer's blob; random for an upper
     path: str
     size_bytes: int  # on disk, holes not counted
     used_at_s: float
@@ -40,16 +39,13 @@ class Entry:
 def entries(cache: BlockCache) -> list[Entry]:
     """Everything in the cache, least recently used first."""
     found = []
-    for kind, folder in (("layer", "layers"), ("image", "indexes"), ("scan", "scans")):
-        directory = os.path.join(cache.path, folder)
-        for name in os.listdir(directory):
-            path = os.path.join(directory, name)
-            lock = os.path.join(path, "lock")
-            with contextlib.suppress(FileNotFoundError):
-                used_at_s = os.stat(lock if os.path.exists(lock) else path).st_mtime
-                with exclusive(lock) as free:
-                    in_use = not free and os.path.exists(lock)
-                found.append(Entry(kind, name, path, _disk_bytes(path), used_at_s, in_use))
+    for kind, path in cache.entry_paths():
+        lock = os.path.join(path, LOCK)
+        with contextlib.suppress(FileNotFoundError):
+            used_at_s = os.stat(lock if os.path.exists(lock) else path).st_mtime
+            with exclusive(lock) as free:
+                in_use = not free and os.path.exists(lock)
+            found.append(Entry(kind, os.path.basename(path), path, _disk_bytes(path), used_at_s, in_use))
     for upper in uppers.records(cache.path):
         size_bytes = _disk_bytes(upper.path)
         found.append(
@@ -59,17 +55,17 @@ def entries(cache: BlockCache) -> list[Entry]:
 
 
 def remove(cache: BlockCache, entry: Entry) -> bool:
-    """Removes one entry unless somebody uses it; says whether it is gone."""
+    """Removes one entry unless it is in use. Returns whether it is gone."""
     if entry.kind == "upper":
         return uppers.remove(cache.path, entry.path)
-    lock = os.path.join(entry.path, "lock")
+    lock = os.path.join(entry.path, LOCK)
     if os.path.exists(lock):
         with exclusive(lock) as free:
             if not free:
                 return False
             grave = cache.set_aside(entry.path)
     else:
-        grave = cache.set_aside(entry.path)  # without a lock it is not in use: a scan, or what has lost its lock
+        grave = cache.set_aside(entry.path)  # a scan, or an entry that lost its lock file: nobody can use it
     _delete(grave)
     return not os.path.lexists(entry.path)
 
@@ -82,35 +78,35 @@ def _delete(path: str) -> None:
         os.unlink(path)
 
 
-def collect(cache: BlockCache, max_bytes: int) -> tuple[int, int]:
-    """Removes least recently used entries until the cache is at most `max_bytes`; 0 removes all unused ones.
+def collect(cache: BlockCache, max_bytes: int | None) -> tuple[int, int]:
+    """Evicts least recently used entries until the cache is at most `max_bytes`; None: all that are not in use.
 
-    Returns bytes freed and bytes left. Also sweeps what interrupted runs left in tmp/, and references to
-    images that are gone. Upper directories that nobody holds go in any case: no mount will use them again.
+    Returns bytes freed and bytes left. Removes in any case upper directories that nobody holds, since no mount will use
+    them again, rubbish in tmp/, and references to images that are gone.
     """
     _sweep(cache)
     listed = entries(cache)
     total = sum(entry.size_bytes for entry in listed)
     freed = 0
     for entry in sorted(listed, key=lambda entry: entry.kind != "upper"):
-        if entry.kind != "upper" and max_bytes and total - freed <= max_bytes:
+        if entry.kind != "upper" and max_bytes is not None and total - freed <= max_bytes:
             break
         if not entry.in_use and remove(cache, entry):
             freed += entry.size_bytes
-    references = os.path.join(cache.path, "refs")
-    for name in os.listdir(references):
-        path = os.path.join(references, name)
+    for path in cache.reference_paths():
         with contextlib.suppress(OSError), open(path, "rb") as file:
             digest = file.read(256).decode("ascii", "replace")
-            directory = os.path.join(cache.path, "indexes", digest.removeprefix("sha256:"))
-            if not is_digest(digest) or not os.path.exists(directory):
+            if not is_digest(digest) or not os.path.exists(cache.image_path(digest)):
                 os.unlink(path)
     return freed, total - freed
 
 
 def verify(cache: BlockCache) -> tuple[int, int, list[str]]:
-    """Checks every block against its sha256. Returns blocks checked, blocks found damaged (now absent, so
-    that they are fetched again), and the content roots of entries that cannot be opened at all."""
+    """Checks every present block against its sha256 and marks damaged ones absent, so that they are fetched again.
+
+    Returns the number of blocks checked, the number of damaged ones, and the content roots of entries that cannot be
+    opened.
+    """
     checked = damaged = 0
     broken = []
     for content_root in cache.content_roots():
@@ -130,13 +126,11 @@ def verify(cache: BlockCache) -> tuple[int, int, list[str]]:
 
 
 def _sweep(cache: BlockCache) -> None:
-    directory = os.path.join(cache.path, "tmp")
-    for name in os.listdir(directory):
-        path = os.path.join(directory, name)
+    for name in os.listdir(cache.tmp):
+        path = os.path.join(cache.tmp, name)
         with contextlib.suppress(OSError):
-            if time.time() - max(os.stat(path).st_mtime, _newest(path)) > _RUBBISH_AGE_S or name.startswith(
-                REMOVED
-            ):
+            age_s = time.time() - max(os.stat(path).st_mtime, _newest(path))
+            if age_s > _RUBBISH_AGE_S or name.startswith(REMOVED):
                 _delete(path)
 
 

@@ -1,6 +1,4 @@
-"""Filling the cache with a whole layer while its block table, and so its content root, is still
-being made.
-"""
+"""Fills the cache with a whole layer while its block table, and so its content root, is still being made."""
 
 from __future__ import annotations
 
@@ -12,47 +10,42 @@ from array import array
 import xxhash
 
 from lazyfs.cache.directory import BlockCache
-from lazyfs.cache.layer import write_block
+from lazyfs.cache.layer import DATA, PRESENT, TABLE, write_block
+from lazyfs.cache.places import LOCK
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.errors import HostError
 
 
 class LayerFill:
-    """Blocks of one layer, written as they come; `publish` turns them into a cache entry, `discard` drops
-    them.
-    """
+    """Takes the blocks of one layer one by one. `publish` makes a cache entry of them, `discard` drops them."""
 
     def __init__(self, cache: BlockCache) -> None:
         self._cache = cache
         self._marks = array("Q")
         try:
-            self._directory = tempfile.mkdtemp(dir=os.path.join(cache.path, "tmp"))
+            self._directory = tempfile.mkdtemp(dir=cache.tmp)
             self._data_fd = os.open(
-                os.path.join(self._directory, "data"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+                os.path.join(self._directory, DATA), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
         except OSError as error:
             raise HostError(f"cannot write to the block cache: {error.strerror}", "check the disk") from None
 
     def add(self, address: int, content: bytes | memoryview) -> None:
-        """The next block in table order, already hashed by the caller into the table. HostError:
-        disk full.
-        """
+        """Writes the next block in table order. The caller has hashed it into the table. HostError: disk full."""
         self._marks.append(xxhash.xxh3_64_intdigest(content) or 1)
         write_block(self._data_fd, content, address)
 
     def publish(self, content_root: str, table: bytes) -> None:
-        """Makes the cache entry, complete. If one exists already, its missing blocks are filled in.
-        HostError: disk.
-        """
+        """Makes the cache entry, complete. If one exists already, fills in its missing blocks. HostError: disk."""
         opened = BlockTable(table)
         if opened.count != len(self._marks):
             raise ValueError("the table has not the blocks that were added")
         try:
             os.ftruncate(self._data_fd, opened.device_bytes)
             for name, content in (
-                ("table", table),
-                ("present", self._marks.tobytes().ljust(8, b"\0")),
-                ("lock", b""),
+                (TABLE, table),
+                (PRESENT, self._marks.tobytes().ljust(8, b"\0")),
+                (LOCK, b""),
             ):
                 with open(os.path.join(self._directory, name), "wb") as file:
                     file.write(content)
@@ -76,7 +69,7 @@ class LayerFill:
             layer.close()
 
     def discard(self) -> None:
-        """Drops whatever was not published. May be called twice."""
+        """Drops what was not published. May be called twice."""
         if self._data_fd >= 0:
             os.close(self._data_fd)
             self._data_fd = -1

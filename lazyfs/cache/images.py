@@ -10,7 +10,7 @@ from lazyfs.errors import HostError
 
 def index_directory(cache: BlockCache, manifest_digest: str) -> str:
     """Where everything about one image manifest is kept."""
-    return os.path.join(cache.path, "indexes", manifest_digest.removeprefix("sha256:"))
+    return cache.image_path(manifest_digest)
 
 
 def make_index_directory(cache: BlockCache, manifest_digest: str) -> str:

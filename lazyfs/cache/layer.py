@@ -4,11 +4,11 @@
                                  /data      sparse file: the layer's address space, decoded
                                  /present   8 bytes a block: xxh3-64 of its content, 0 = absent
                                  /lock      flock: shared by users, exclusive for eviction; mtime = last use
-                                 /sound     since when the kernel may read `data` by itself; may be missing
+                                 /sound     the seal: while it is valid, the kernel may read `data` by itself
 
-A block is verified (sha256) and written first and marked present after, so any torn state reads as absent.
-The mark is checked against the data when a process first reads the block: bit rot and power cuts turn into a
-fetch, never into wrong bytes, and no fsync is needed. Two processes filling one block write the same bytes.
+A block is verified (sha256) and written before it is marked present, so any torn state reads as absent. A process
+checks the mark against the data when it first reads the block, so bit rot and power cuts lead to a fetch, never to
+wrong bytes, and no fsync is needed. Two processes that fill one block write the same bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import xxhash
 from lazyfs.core.layer.blocks import PAGE_BYTES, BlockTable, page_align
 from lazyfs.errors import HostError, ImageError
 
-# Of which `settle` compares at a time: once a second it takes little from whoever reads.
-SETTLE_BYTES = 64 << 20
+# Names in an entry, besides LOCK.
+TABLE, DATA, PRESENT, SEAL = "table", "data", "present", "sound"
+# `seal` compares so many bytes in one call: one call a second slows readers little.
+SEAL_STEP_BYTES = 64 << 20
 
 
 def _mark(data: bytes | memoryview) -> int:
@@ -36,14 +38,14 @@ def _mark(data: bytes | memoryview) -> int:
 
 
 class LayerClosed(HostError):
-    """The layer was let go while somebody read it: open it again."""
+    """The layer was closed while somebody read it: open it again."""
 
 
 class _Held:
-    """What an open layer holds: descriptors and the map of its marks.
+    """The descriptors of an open layer, and the map of its marks.
 
-    Every call keeps a reference while it works, so that nothing is closed, and no number of a closed
-    descriptor used again, below a thread that still writes.
+    Every call has a reference while it works, so that no descriptor is closed, and its number used for another file,
+    while a thread still writes to it.
     """
 
     __slots__ = ("data_fd", "lock_fd", "marks")
@@ -59,23 +61,22 @@ class _Held:
 
 
 class CachedLayer:
-    """One layer's place in the cache, held open (and so safe from eviction) until close().
+    """One layer's entry in the cache, open, and so safe from eviction, until close().
 
-    All methods are synchronous and may be called from any thread. HostError: the disk fails, or it was
-    closed.
+    All methods are synchronous and may be called from any thread. HostError: the disk fails. LayerClosed: it is closed.
     """
 
     def __init__(self, path: str, lock_fd: int) -> None:
-        """Opens the entry; `lock_fd` belongs to it from now on, also when this raises.
+        """Opens the entry. It owns `lock_fd` from now on, also when this raises.
 
-        ImageError: the entry is damaged (a power cut, bit rot). HostError: it cannot be opened at all.
+        ImageError: the entry is damaged (a power cut, bit rot). HostError: it cannot be opened.
         """
         self.path = path
         self.content_root = os.path.basename(path)
         data_fd = -1
         try:
             self.table = _open_table(path, self.content_root)
-            data_fd = os.open(os.path.join(path, "data"), os.O_RDWR | os.O_CLOEXEC)
+            data_fd = os.open(os.path.join(path, DATA), os.O_RDWR | os.O_CLOEXEC)
             if os.fstat(data_fd).st_size != self.table.device_bytes:
                 os.ftruncate(data_fd, self.table.device_bytes)
             marks = _open_marks(path, self.table.count)
@@ -93,11 +94,12 @@ class CachedLayer:
                 ) from None
             raise
         self._held: _Held | None = _Held(data_fd, lock_fd, marks)
-        # One byte a block: whether this process has seen that data and mark agree.
+        # One byte a block: whether this process found that data and mark agree.
         self._checked = bytearray(self.table.count)
         self._complete_to = 0
-        self._settled_to = 0  # blocks before this agreed with their marks, with the data file in _settling_state
-        self._settling_state = b""
+        # Blocks before _sealed_to agreed with their marks while the data file was in _sealing_state.
+        self._sealed_to = 0
+        self._sealing_state = b""
 
     def _open(self) -> _Held:
         held = self._held
@@ -111,14 +113,13 @@ class CachedLayer:
         return self.table.device_bytes
 
     def read(self, address: int, size_bytes: int) -> bytes | memoryview | None:
-        """The bytes at [address, address + size_bytes) if all their blocks are here and sound, else None.
+        """The bytes at [address, address + size_bytes); None if one of their blocks is absent or damaged.
 
-        They stand in a buffer of the calling thread, which its next read overwrites: an allocation for each
-        large read cost a fifth to a third of the throughput (measured through the mount, with read-ahead of 128
-        KiB 1.65 against 2.05 GB/s, of 1 MiB 1.9 against 2.7).
+        They are in a buffer of the calling thread, valid until its next read: an allocation for each read costs a fifth
+        of the throughput.
 
-        A read past the end of the device is cut at the end, as for a file. A block whose data does not match
-        its mark is marked absent.
+        A read past the end of the device is cut at the end, as for a file. A block whose data does not match its mark
+        becomes absent.
         """
         held = self._open()
         blocks = self.table.overlapping(address, size_bytes)
@@ -139,7 +140,7 @@ class CachedLayer:
         return data
 
     def _check(self, held: _Held, block: int, data: memoryview, address: int) -> bool:
-        """Compares a block with its mark, taking from `data` (read at `address`) what lies in there."""
+        """Compares a block with its mark. Uses `data`, which was read at `address`, if the block lies in it whole."""
         start = self.table.addresses[block] - address
         length = self.table.lengths[block]
         content: bytes | memoryview = data[max(0, start) : max(0, start + length)]
@@ -152,9 +153,9 @@ class CachedLayer:
         return True
 
     def _zero_gaps(self, held: _Held, block: int) -> bool:
-        """Sees to it that the rest of a block's first and last page is zeros, for no mark covers it.
+        """Writes zeros to the rest of a block's first and last page if something else is there: no mark covers it.
 
-        Says whether something had to be written. (Whole pages between blocks are holes, which cannot rot.)
+        Returns whether it wrote. (Whole pages between blocks are holes, which cannot rot.)
         """
         table = self.table
         first = table.addresses[block]
@@ -172,7 +173,7 @@ class CachedLayer:
         return repaired
 
     def _cut_off(self, held: _Held, blocks: range, size_bytes: int) -> memoryview | None:
-        """Somebody made the data file shorter: gives it its size back; what was there is absent now."""
+        """Repairs a data file that somebody truncated: it gets its size back, and `blocks` become absent."""
         for block in blocks:
             held.marks[block] = 0
             self._checked[block] = 0
@@ -181,7 +182,7 @@ class CachedLayer:
         return None if blocks else memoryview(bytes(size_bytes))
 
     def has(self, block: int) -> bool:
-        """Whether the block is marked present (its data may not have been checked yet)."""
+        """Whether the block is marked present. Its data may be unchecked."""
         return bool(self._open().marks[block])
 
     def missing(self, blocks: range) -> list[int]:
@@ -190,8 +191,8 @@ class CachedLayer:
         return [number for number, mark in enumerate(marks, blocks.start) if not mark]
 
     def publish(self, block: int, data: bytes | memoryview) -> bool:
-        """Writes and marks a block if its sha256 is right; False, and nothing changed, if not. HostError:
-        disk.
+        """Writes and marks a block if its sha256 is right. Else returns False and changes nothing. HostError: the disk
+        fails.
         """
         held = self._open()
         if hashlib.sha256(data).digest() != self.table.digest(block):
@@ -201,20 +202,20 @@ class CachedLayer:
         return True
 
     def is_complete(self) -> bool:
-        """Whether every block was here once. Looks at each block once in the object's life."""
+        """Whether every block was present once. Looks at each block once in the object's life."""
         marks = self._open().marks
         while self._complete_to < self.table.count and marks[self._complete_to]:
             self._complete_to += 1
         return self._complete_to == self.table.count
 
     def verify(self) -> list[int]:
-        """Checks every present block against its sha256; marks the damaged ones absent and returns them."""
+        """Checks every present block against its sha256, marks damaged ones absent, and returns them."""
         held = self._open()
         damaged = []
         for block in range(self.table.count):
             if held.marks[block]:
                 data = b""
-                with contextlib.suppress(HostError):  # what cannot be read is as good as damaged
+                with contextlib.suppress(HostError):  # what cannot be read counts as damaged
                     data = _pread(held.data_fd, self.table.lengths[block], self.table.addresses[block])
                 if hashlib.sha256(data).digest() != self.table.digest(block):
                     held.marks[block] = 0
@@ -222,64 +223,64 @@ class CachedLayer:
                     damaged.append(block)
         return damaged
 
-    def settle(self) -> bool:
-        """Goes on making the layer sound, by a piece of SETTLE_BYTES at a time; True when it is, and that is noted.
+    def seal(self) -> bool:
+        """Goes on sealing the layer, by SEAL_STEP_BYTES a call. True: it is sealed, which is on disk.
 
-        All blocks are compared with their marks, as far as they lie in memory, while nobody writes to the data; then it
-        is synced to disk. False: not yet, or something is missing, damaged, or would have to be read from the disk.
-        HostError: the disk fails.
+        To be sealed, all blocks must agree with their marks while nobody writes to the data, which is then synced to
+        disk. Only data in memory is compared, so this reads no disk. False: unfinished, or a block is absent, damaged
+        or not in memory. HostError: the disk fails.
         """
         held = self._open()
         state = _state(held.data_fd)
-        if state != self._settling_state:
-            self._settling_state, self._settled_to = state, 0
+        if state != self._sealing_state:
+            self._sealing_state, self._sealed_to = state, 0
         if not self.is_complete():
             return False
-        left_bytes = SETTLE_BYTES
-        while self._settled_to < self.table.count:
-            address, length = self.table.addresses[self._settled_to], self.table.lengths[self._settled_to]
+        left_bytes = SEAL_STEP_BYTES
+        while self._sealed_to < self.table.count:
+            address, length = self.table.addresses[self._sealed_to], self.table.lengths[self._sealed_to]
             data = _pread_from_memory(held.data_fd, length, address) if left_bytes > 0 else None
-            if data is None or not self._check(held, self._settled_to, data, address):
+            if data is None or not self._check(held, self._sealed_to, data, address):
                 return False
-            if self._zero_gaps(held, self._settled_to):
-                return False  # the state is another one now
-            self._settled_to += 1
+            if self._zero_gaps(held, self._sealed_to):
+                return False  # which changed the file's state: begin anew
+            self._sealed_to += 1
             left_bytes -= length
         try:
             os.fdatasync(held.data_fd)
             if _state(held.data_fd) != state:
                 return False
-            with open(os.path.join(self.path, "sound"), "wb") as file:
+            with open(os.path.join(self.path, SEAL), "wb") as file:
                 file.write(state)
         except OSError as error:
             raise HostError(f"cannot write to the block cache: {error.strerror}", "check the disk") from None
         return True
 
-    def is_sound(self) -> bool:
-        """Whether `settle` succeeded since this machine was started, nobody wrote to the data since, and no mark was
-        taken back.
+    def is_sealed(self) -> bool:
+        """Whether `seal` succeeded since this machine was started, and since then nobody wrote to the data and no block
+        became absent.
 
-        Then the kernel may read the data file by itself: nothing more would be checked on the way.
+        If so, the kernel may read the data file by itself: reading through lazyfs would check nothing more.
         """
         held = self._open()
         if 0 in held.marks[: self.table.count]:
             return False
         try:
-            with open(os.path.join(self.path, "sound"), "rb") as file:
+            with open(os.path.join(self.path, SEAL), "rb") as file:
                 return file.read(256) == _state(held.data_fd)
         except OSError:
             return False
 
     def open_data_path(self) -> str:
-        """A path by which this process can open the data file once more, whatever became of its name."""
+        """A path by which this process can open the data file again, even if the entry was renamed or removed."""
         return f"/proc/self/fd/{self._open().data_fd}"
 
     def present_blocks(self) -> int:
-        """How many blocks are here."""
+        """How many blocks are present."""
         return sum(map(bool, self._open().marks[: self.table.count]))
 
     def close(self) -> None:
-        """Lets go of the entry, once calls under way in other threads have returned. May be called twice."""
+        """Releases the entry as soon as calls in other threads have returned. May be called twice."""
         self._held = None
 
 
@@ -305,7 +306,7 @@ def _thread_buffer(size_bytes: int) -> memoryview:
 
 
 def _pread_buffered(data_fd: int, size_bytes: int, address: int) -> memoryview:
-    """As _pread, into this thread's buffer."""
+    """Like _pread, but into this thread's buffer."""
     buffer = _thread_buffer(size_bytes)
     try:
         return buffer[: os.preadv(data_fd, [buffer[:size_bytes]], address)]
@@ -314,7 +315,7 @@ def _pread_buffered(data_fd: int, size_bytes: int, address: int) -> memoryview:
 
 
 def _pread_from_memory(data_fd: int, size_bytes: int, address: int) -> memoryview | None:
-    """As _pread_buffered; None if the page cache does not have it all."""
+    """Like _pread_buffered; None if the page cache does not have all of it."""
     buffer = _thread_buffer(size_bytes)[:size_bytes]
     try:
         return buffer if os.preadv(data_fd, [buffer], address, os.RWF_NOWAIT) == size_bytes else None
@@ -331,20 +332,20 @@ def _pread(data_fd: int, size_bytes: int, address: int) -> bytes:
 
 @functools.cache
 def _boot_id() -> bytes:
-    """Names the time since the machine was started."""
+    """Identifies this start of the machine."""
     with open("/proc/sys/kernel/random/boot_id", "rb") as file:
         return file.read().strip()
 
 
 def _state(data_fd: int) -> bytes:
-    """What `sound` says: this start of the machine, and the data file's last change."""
+    """The content of a valid seal: this start of the machine, and the data file's last change."""
     status = os.fstat(data_fd)
     return b"%s %d %d\n" % (_boot_id(), status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _open_table(path: str, content_root: str) -> BlockTable:
-    """The block table, mapped. Hashed here: everything else in the cache is verified against it."""
-    with open(os.path.join(path, "table"), "rb") as file:
+    """The block table, mapped. It is hashed here, because all else in the entry is verified against it."""
+    with open(os.path.join(path, TABLE), "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise ImageError(f"the cache entry {path} is damaged", "remove it: lazyfs cache prune")
         table = BlockTable(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
@@ -354,8 +355,8 @@ def _open_table(path: str, content_root: str) -> BlockTable:
 
 
 def _open_marks(path: str, count: int) -> memoryview:
-    """The presence marks, mapped for writing. A file that is too short is filled up with "absent"."""
-    fd = os.open(os.path.join(path, "present"), os.O_RDWR | os.O_CLOEXEC)
+    """The presence marks, mapped for writing. A file that is too short grows by "absent"."""
+    fd = os.open(os.path.join(path, PRESENT), os.O_RDWR | os.O_CLOEXEC)
     try:
         allocate(fd, max(8, 8 * count))
         return memoryview(mmap.mmap(fd, max(8, 8 * count))).cast("Q")
@@ -364,9 +365,7 @@ def _open_marks(path: str, count: int) -> memoryview:
 
 
 def allocate(fd: int, size_bytes: int) -> None:
-    """Gives a file its size with no holes: a store through a map into a hole kills the process when the disk
-    is full.
-    """
+    """Gives a file its size without holes: on a full disk, a store through a map into a hole kills the process."""
     status = os.fstat(fd)
     if status.st_size < size_bytes or status.st_blocks * 512 < size_bytes:
         os.posix_fallocate(fd, 0, size_bytes)

@@ -1,4 +1,4 @@
-"""Where the cache directory lies."""
+"""Where the cache directory lies, and the names in it (docs/FORMATS.md, "Cache directory"). Light to import."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import os
 
 from lazyfs.system.private import check_private, make_private
 
-# Names in <cache>/tmp that nobody needs any more begin so.
+# Directly in the cache directory. What layers, scans and upper directories consist of is said in their modules.
+VERSION = "version"
+LAYERS, INDEXES, SCANS, REFS, UPPERS, TMP = "layers", "indexes", "scans", "refs", "uppers", "tmp"
+# In an image's directory: the file that the kernel mounts, by which mountinfo shows that a mount is ours.
+NAMESPACE = "namespace.erofs"
+# In every directory that somebody may use while somebody else removes it, see locks.py.
+LOCK = "lock"
+# Prefix of names in TMP: entries that were removed and only have to be deleted.
 REMOVED = "removed-"
 
 
 def default_cache() -> str:
+    """The cache directory of this user, if no other is chosen."""
     if os.geteuid() == 0:
         return "/var/cache/lazyfs"
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lazyfs")
@@ -22,3 +30,8 @@ def cache_directory(chosen: str | None = None) -> str:
     make_private(path, parents=True)
     check_private(path, "cache directory", "choose another with -o cache=DIR", writable_only=True)
     return path
+
+
+def image_path(cache: str, manifest_digest: str) -> str:
+    """The directory of one image's documents, whether it exists or not. `manifest_digest` was checked before."""
+    return os.path.join(cache, INDEXES, manifest_digest.removeprefix("sha256:"))

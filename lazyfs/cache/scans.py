@@ -50,4 +50,4 @@ def keep_scan(cache: BlockCache, scan: LayerScan) -> None:
 
 
 def _directory(cache: BlockCache, blob_digest: str) -> str:
-    return os.path.join(cache.path, "scans", blob_digest.removeprefix("sha256:"))
+    return cache.scan_path(blob_digest)

@@ -26,12 +26,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lazyfs.cache.locks import exclusive, lock_shared
-from lazyfs.cache.places import REMOVED
+from lazyfs.cache.places import LOCK, REMOVED, TMP, UPPERS
 from lazyfs.errors import LazyfsError, UserError
 from lazyfs.system.detached import overlay_mount_detached
 from lazyfs.system.mountapi import open_tree_clone
 from lazyfs.system.private import make_private
 
+# Names in an upper directory's directory, besides LOCK.
+RECORD, UPPER, WORK, PROBE = "record", "upper", "work", "probe"
 _MAX_RECORD_BYTES = 64 << 10
 
 
@@ -44,11 +46,11 @@ class Upper(NamedTuple):
 
     @property
     def upper(self) -> str:
-        return os.path.join(self.path, "upper")
+        return os.path.join(self.path, UPPER)
 
     @property
     def work(self) -> str:
-        return os.path.join(self.path, "work")
+        return os.path.join(self.path, WORK)
 
     def close(self) -> None:
         """The mount is there, and its daemon knows: from now on others hold it."""
@@ -71,25 +73,25 @@ class Record(NamedTuple):
 
 
 def _directory(cache: str) -> str:
-    return os.path.join(cache, "uppers")
+    return os.path.join(cache, UPPERS)
 
 
 def make(cache: str, image: str, manifest_digest: str) -> Upper:
     """A new, empty upper directory for a mount of `image`. On the cache's disk, and below a directory that only its
     owner may enter (set-id files: CVE-2021-41103). Raises OSError, HostError."""
     name = os.urandom(8).hex()
-    temporary = os.path.join(cache, "tmp")
+    temporary = os.path.join(cache, TMP)
     for directory in (_directory(cache), temporary):
         make_private(directory)
     # It appears complete and locked, so that nobody takes it for one that was left behind.
     new = os.path.join(temporary, f"upper-{name}")
     lock_fd = -1
     try:
-        for path in (new, os.path.join(new, "upper"), os.path.join(new, "work")):
+        for path in (new, os.path.join(new, UPPER), os.path.join(new, WORK)):
             os.mkdir(path, 0o700)
-        with open(os.path.join(new, "record"), "w", encoding="ascii") as file:
+        with open(os.path.join(new, RECORD), "w", encoding="ascii") as file:
             json.dump({"image": image, "manifest_digest": manifest_digest, "made_at_s": time.time()}, file)
-        lock_fd = os.open(os.path.join(new, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock_fd = os.open(os.path.join(new, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock_fd, fcntl.LOCK_SH)
         path = os.path.join(_directory(cache), name)
         os.rename(new, path)
@@ -114,7 +116,7 @@ class HeldUppers:
             return
         if os.path.realpath(os.path.dirname(path)) != os.path.realpath(_directory(self.cache)):
             raise UserError(f"{path} is not an upper directory of the cache")
-        lock = os.path.join(path, "lock")
+        lock = os.path.join(path, LOCK)
         try:
             lock_fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -154,7 +156,7 @@ def _paths(cache: str) -> list[str]:
 def _record(path: str) -> Record:
     image, manifest_digest, made_at_s = "", "", os.stat(path).st_mtime
     try:
-        with open(os.path.join(path, "record"), "rb") as file:
+        with open(os.path.join(path, RECORD), "rb") as file:
             said = json.loads(file.read(_MAX_RECORD_BYTES))
         image, manifest_digest = str(said["image"]), str(said["manifest_digest"])
         made_at_s = float(said["made_at_s"])
@@ -167,7 +169,7 @@ def _record(path: str) -> Record:
 @contextlib.contextmanager
 def _unheld(path: str) -> Iterator[bool]:
     """Whether nobody holds it; while the context lasts no process can begin to."""
-    lock = os.path.join(path, "lock")
+    lock = os.path.join(path, LOCK)
     with contextlib.suppress(OSError):
         os.close(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     with exclusive(lock) as unlocked:
@@ -177,7 +179,7 @@ def _unheld(path: str) -> Iterator[bool]:
 def _kernel_uses(path: str) -> bool:
     """Whether an overlay on it lives, in whatever mount namespace. With index=on the kernel refuses (EBUSY) to use an
     upper directory twice, so one is tried, attached nowhere. If that fails for another reason we do not know."""
-    upper, probe = os.path.join(path, "upper"), os.path.join(path, "probe")
+    upper, probe = os.path.join(path, UPPER), os.path.join(path, PROBE)
     if not os.path.isdir(upper):
         return False
     lower, work = os.path.join(probe, "lower"), os.path.join(probe, "work")
@@ -196,7 +198,7 @@ def _kernel_uses(path: str) -> bool:
 
 def remove(cache: str, path: str) -> bool:
     """Removes an upper directory unless it is held; says whether it is gone. May take long: it may hold a lot."""
-    grave = os.path.join(cache, "tmp", f"{REMOVED}{os.getpid()}-{os.path.basename(path)}")
+    grave = os.path.join(cache, TMP, f"{REMOVED}{os.getpid()}-{os.path.basename(path)}")
     with _unheld(path) as free:
         if not free:
             return not os.path.lexists(path)

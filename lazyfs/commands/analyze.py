@@ -146,7 +146,7 @@ def _start(cache: BlockCache, manifest_digest: str, args: argparse.Namespace) ->
 @contextlib.contextmanager
 def _empty_cache(cache: BlockCache, manifest_digest: str) -> Iterator[BlockCache]:
     """A cache that has an image's index and nothing of its data. Removed afterwards, its daemon, too."""
-    directory = tempfile.mkdtemp(prefix="analyze-", dir=os.path.join(cache.path, "tmp"))
+    directory = tempfile.mkdtemp(prefix="analyze-", dir=cache.tmp)
     try:
         private = BlockCache(os.path.join(directory, "cache"))
         known = index_directory(cache, manifest_digest)

@@ -31,7 +31,7 @@ def cache(args: argparse.Namespace) -> int:
         return 1 if damaged or broken else 0
     if args.action == "gc" and not args.max_size_bytes:
         raise UserError("gc needs a size to fit", "for example --max-size 20G; prune removes all unused")
-    freed, left = evict.collect(store, 0 if args.action == "prune" else args.max_size_bytes)
+    freed, left = evict.collect(store, None if args.action == "prune" else args.max_size_bytes)
     if args.json:
         print(json.dumps({"freed_bytes": freed, "left_bytes": left}))
     else:

@@ -179,7 +179,7 @@ def _trials() -> Iterator[Check]:
 
     root = Node(Kind.DIR, 0o755, 0, 0, 0, 0, children={}, nlink=2)
     with tempfile.TemporaryDirectory(prefix="lazyfs-doctor-") as directory:
-        image = os.path.join(directory, "namespace.erofs")
+        image = os.path.join(directory, "image.erofs")
         with open(image, "wb") as file:
             file.write(write_erofs(root, []))
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+from lazyfs.cache.places import NAMESPACE
 from lazyfs.control import client, messages, rundir
 from lazyfs.errors import LazyfsError, UserError
 from lazyfs.system.mountinfo import MountEntry, mount_at
@@ -26,7 +27,7 @@ def lazyfs_mount(target: str) -> MountEntry | None:
         return None
     ours = (
         entry.fstype == "fuse.lazyfs"
-        or (entry.fstype == "erofs" and os.path.basename(entry.source) == "namespace.erofs")
+        or (entry.fstype == "erofs" and os.path.basename(entry.source) == NAMESPACE)
         or (entry.fstype == "overlay" and entry.source == "lazyfs")
     )
     return entry if ours else None

@@ -238,7 +238,7 @@ class Daemon:
     async def _mount_root(self, image: Image, request: Request) -> Root:
         try:
             self._add_nodes(image)
-            direct = frozenset(one.content_root for one in image.layers if one.layer.is_sound())
+            direct = frozenset(one.content_root for one in image.layers if one.layer.is_sealed())
             devices = [
                 one.layer.open_data_path()
                 if one.content_root in direct
@@ -357,7 +357,7 @@ class Daemon:
             root.backing_device = None
 
     async def settle(self) -> None:
-        """Notes which layers are sound: the next mount of their image lets the kernel read them by itself."""
+        """Seals layers that can be: the next mount of their image lets the kernel read them by itself."""
         settled: set[CachedLayer] = set()
         while True:
             await trio.sleep(_TICK_S)
@@ -365,7 +365,7 @@ class Daemon:
             settled &= layers
             for layer in layers - settled:
                 try:
-                    if layer.is_complete() and await trio.to_thread.run_sync(layer.settle, abandon_on_cancel=True):
+                    if layer.is_complete() and await trio.to_thread.run_sync(layer.seal, abandon_on_cancel=True):
                         settled.add(layer)
                 except LayerClosed:
                     pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from lazyfs.cache.places import image_path
 from lazyfs.core.oci.digests import digest_matches, parse_digest
 from lazyfs.core.oci.documents import MAX_CONFIG_BYTES, ImageConfig, Manifest, parse_config, parse_manifest
 from lazyfs.errors import HostError, ImageError
@@ -12,8 +13,8 @@ from lazyfs.errors import HostError, ImageError
 def cached_config(cache: str, manifest_digest: str) -> ImageConfig:
     """The configuration of an image that is mounted from `cache`; the daemon filed it there. Verified against
     the manifest, and that against its digest. Raises HostError, ImageError."""
-    _, name = parse_digest(manifest_digest)
-    directory = os.path.join(cache, "indexes", name)
+    parse_digest(manifest_digest)
+    directory = image_path(cache, manifest_digest)
     manifest_bytes = _read_verified(os.path.join(directory, "manifest"), manifest_digest)
     manifest = parse_manifest(manifest_bytes, "")
     if not isinstance(manifest, Manifest):

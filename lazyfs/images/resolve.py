@@ -59,7 +59,7 @@ async def resolve(
     reference = parse_reference(text)
     wanted = access.platform or host_platform(host.machine())
     key = hashlib.sha256(f"{reference} {wanted}".encode()).hexdigest()
-    note = os.path.join(cache.path, "refs", key)
+    note = cache.reference_path(key)
     source = sources.open(reference, access, patience_s) if sources else open_source(reference, access)
     try:
         if known is None and (access.offline or is_digest(reference.selector)):

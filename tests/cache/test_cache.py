@@ -374,12 +374,12 @@ def test_a_layer_is_sound_once_all_of_it_was_compared(store: BlockCache) -> None
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     last = layer.table.count - 1
     LAYER.fill(layer, range(last))
-    assert not layer.settle() and not layer.is_sound()
+    assert not layer.seal() and not layer.is_sealed()
     LAYER.fill(layer, range(last, last + 1))
-    assert not layer.is_sound()  # nobody has compared it yet
-    assert layer.settle() and layer.is_sound()
+    assert not layer.is_sealed()  # nobody has compared it yet
+    assert layer.seal() and layer.is_sealed()
     other = store.create_layer(LAYER.content_root, LAYER.table)
-    assert other.is_sound()
+    assert other.is_sealed()
     assert Path(other.open_data_path()).read_bytes() == LAYER.device
     layer.close()
     other.close()
@@ -389,7 +389,7 @@ def test_a_layer_is_sound_once_all_of_it_was_compared(store: BlockCache) -> None
 def test_a_layer_is_no_longer_sound_after(store: BlockCache, event: str) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
-    assert layer.settle() and layer.is_sound()
+    assert layer.seal() and layer.is_sealed()
     if event == "write":
         with open(entry(store, LAYER, "data"), "r+b") as data:
             data.write(b"x")
@@ -399,7 +399,7 @@ def test_a_layer_is_no_longer_sound_after(store: BlockCache, event: str) -> None
     else:
         note = Path(entry(store, LAYER, "sound"))
         note.write_bytes(note.read_bytes()[:-9] if event == "truncated note" else b"0" + note.read_bytes()[1:])
-    assert not layer.is_sound()
+    assert not layer.is_sealed()
     layer.close()
 
 
@@ -411,10 +411,10 @@ def test_settling_finds_damage(store: BlockCache) -> None:
         data.write(b"rubbish in the padding")
         data.seek(LAYER.blocks.addresses[2])
         data.write(b"damage")
-    assert not layer.settle() and layer.has(2)  # the padding was mended: again from the start
-    assert not layer.settle() and not layer.has(2) and not layer.is_sound()
+    assert not layer.seal() and layer.has(2)  # the padding was mended: again from the start
+    assert not layer.seal() and not layer.has(2) and not layer.is_sealed()
     LAYER.fill(layer, range(2, 3))
-    assert layer.settle() and layer.is_sound()
+    assert layer.seal() and layer.is_sealed()
     assert Path(entry(store, LAYER, "data")).read_bytes() == LAYER.device
     layer.close()
 
@@ -427,28 +427,28 @@ def test_settling_compares_what_was_read_before(store: BlockCache) -> None:
     with open(entry(store, LAYER, "data"), "r+b") as data:
         data.seek(LAYER.blocks.addresses[3])
         data.write(b"damage")
-    assert not layer.settle() and not layer.has(3) and not layer.is_sound()
+    assert not layer.seal() and not layer.has(3) and not layer.is_sealed()
     layer.close()
 
 
 def test_settling_goes_by_pieces(store: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazyfs.cache.layer.SETTLE_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr("lazyfs.cache.layer.SEAL_STEP_BYTES", BLOCK_BYTES)
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
-    tries = [layer.settle() for _ in range(LAYER.blocks.count + 1)]
+    tries = [layer.seal() for _ in range(LAYER.blocks.count + 1)]
     assert 2 < tries.index(True) < LAYER.blocks.count and not any(tries[: tries.index(True)])
     layer.close()
 
 
 def test_settling_begins_anew_when_somebody_writes(store: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazyfs.cache.layer.SETTLE_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr("lazyfs.cache.layer.SEAL_STEP_BYTES", BLOCK_BYTES)
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
-    assert not layer.settle()
+    assert not layer.seal()
     with open(entry(store, LAYER, "data"), "r+b") as data:
         data.seek(LAYER.blocks.addresses[0])
         data.write(b"!" if LAYER.device[:1] != b"!" else b"?")  # the first block was compared already
-    tries = [layer.settle() for _ in range(2 * LAYER.blocks.count)]
+    tries = [layer.seal() for _ in range(2 * LAYER.blocks.count)]
     assert not any(tries) and not layer.has(0)
     layer.close()
 
@@ -459,7 +459,7 @@ def test_settling_does_not_read_the_disk(store: BlockCache) -> None:
     with open(entry(store, LAYER, "data"), "rb") as data:
         os.fsync(data.fileno())
         os.posix_fadvise(data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    assert not layer.settle()
+    assert not layer.seal()
     assert layer.read(0, len(LAYER.device)) == LAYER.device
-    assert layer.settle() and layer.is_sound()
+    assert layer.seal() and layer.is_sealed()
     layer.close()

@@ -67,11 +67,11 @@ def test_what_is_in_use_stays_and_works_on(store: BlockCache) -> None:
     layer = store.open_layer(used.content_root)
     assert layer is not None
     assert [one.in_use for one in evict.entries(store) if one.name == used.content_root] == [True]
-    evict.collect(store, 0)
+    evict.collect(store, None)
     assert store.content_roots() == [used.content_root]
     assert layer.read(0, 50_001) == used.device[:50_001]
     layer.close()
-    evict.collect(store, 0)
+    evict.collect(store, None)
     assert store.content_roots() == []
     assert store.open_layer(free.content_root) is None
 
@@ -115,7 +115,7 @@ def test_broken_entries_are_reported_and_removed(store: BlockCache) -> None:
     with open(entry(store, fine, "data"), "r+b") as file:
         file.write(b"rot")
     assert evict.verify(store) == (1, 1, [broken.content_root])
-    evict.collect(store, 0)
+    evict.collect(store, None)
     assert os.listdir(os.path.join(store.path, "layers")) == []
     assert os.listdir(os.path.join(store.path, "tmp")) == []
 
@@ -136,7 +136,7 @@ def counting(name):
     return call
 for name in real:
     setattr(os, name, counting(name))
-evict.collect(BlockCache(sys.argv[1]), 0)
+evict.collect(BlockCache(sys.argv[1]), None)
 """
 
 
@@ -152,6 +152,6 @@ def test_a_killed_gc_leaves_whole_entries_or_rubbish(store: BlockCache, step: in
         if opened is not None:
             assert opened.read(0, 50_000) == layer.device[:50_000]
             opened.close()
-    evict.collect(store, 0)
+    evict.collect(store, None)
     assert store.content_roots() == []
     assert os.listdir(os.path.join(store.path, "tmp")) == []

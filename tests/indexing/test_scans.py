@@ -118,5 +118,5 @@ async def test_scans_are_listed_and_pruned(store: BlockCache, tmp_path: Path) ->
     (scan,) = [entry for entry in entries(store) if entry.kind == "scan"]
     assert scan.size_bytes > 0
     assert not scan.in_use
-    collect(store, 0)
+    collect(store, None)
     assert kept(store) == []
