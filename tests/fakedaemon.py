@@ -4,7 +4,7 @@
     fakedaemon.py lazyfs.daemon.fuseworker --cache DIR --runtime DIR --status-fd N -- IMAGE TARGET
 
 It hands out mounts of the EROFS image CACHE/indexes/fake/namespace.erofs, which the test has made. The image
-name says how it behaves:  indexed | unindexed | broken | hostproblem | dies | dies-once | leaves
+name says how it behaves:  indexed | unindexed | broken | hostproblem | diskfull | dies | dies-once | leaves
 What it was asked and told is appended to CACHE/said, a JSON line each.
 """
 
@@ -108,6 +108,9 @@ class Fake:
             return
         if name == "hostproblem" and request.op == "mount":
             connection.sendall(messages.failure(Unsupported("no EROFS from files here")))
+            return
+        if name == "diskfull":
+            connection.sendall(messages.failure(HostError("no space left on the cache's disk")))
             return
         if name == "dies" or (name == "dies-once" and not (self.cache / "died").exists()):
             (self.cache / "died").touch()

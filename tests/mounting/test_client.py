@@ -287,6 +287,14 @@ def test_auto_falls_back_to_fuse_and_says_so(mount: Mount, fake: Path, target: P
         mount("hostproblem", "backend=kernel")
 
 
+def test_another_backend_mends_no_full_disk(mount: Mount) -> None:
+    """Only what this backend cannot do is tried with the other one."""
+    seen: list[str] = []
+    with pytest.raises(HostError, match="no space left"):
+        mount("diskfull", on_progress=seen.append)
+    assert not any("backend=fuse" in text for text in seen)
+
+
 def test_a_missing_index_is_built_once(mount: Mount, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, bool]] = []
 
