@@ -5,13 +5,14 @@ From the outside in, for one reader who wants some blocks:
     sources     each place that has the blocks (an image's registry or layout) is tried once
     rounds      at most MAX_ROUNDS + 1 batches come in a row without making one more of the blocks present
     damage      a batch whose data does not decode or verify is fetched DAMAGE_TRIES times
-    ranges      a batch is one range request, or one for each REQUEST_BYTES of a larger span (core/layer/plan.py)
+    ranges      a batch is one range request; one for each REQUEST_BYTES of a span that is larger (core/layer/plan.py),
+                and one more where the index's milestones lie
     resolves    a range's URL is looked up again when the server refuses (expired signatures, tokens)
     attempts    a request that fails for a while is sent REQUEST_ATTEMPTS times, with pauses
     redirects   an attempt follows at most MAX_REDIRECTS
 
-The inner three multiply only if the server fails in all those ways at once; the deadline of the request ends them
-before that.
+Beside that, windows are read by one range for eight of them, and kept. The inner three multiply only if the server
+fails in all those ways at once; the deadline of the request ends them before that.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class BlockSource(Protocol):
         None: not now; the schedule asks again when something else has ended.
         """
 
-    async def bring(self, batch: Batch, told: Callable[[], None]) -> None:
+    async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         """Fetches and publishes; returns when all is here that can be had. Ends by itself within a deadline.
 
-        Calls `told` whenever blocks were published before the end. Raises LazyfsError.
+        Calls `published` whenever blocks were published before the end. Raises LazyfsError.
         """

@@ -104,11 +104,11 @@ class SpanRun:
         current = context.cursors.take(first.number, batch.extent.start) or await _entered(context, first)
         return cls(context, current, following, batch.extent.end)
 
-    async def fetch(self, told: Callable[[], None]) -> int:
-        """Fetches and publishes; returns how many blocks did not verify. Calls `told` after each request."""
+    async def fetch(self, published: Callable[[], None]) -> int:
+        """Fetches and publishes; returns how many blocks did not verify. Calls `published` after each request."""
         while not self._arrived():
             await self._request()
-            told()
+            published()
         if self._assembler.at >= self._last.tar_end or self._current.blob_at >= self._last.blob_end:
             self._current.decoder.finish()
         else:

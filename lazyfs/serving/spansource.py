@@ -71,12 +71,12 @@ class SpanSource:
         run = next_run(wanted.keys(), self._spans, first, self.cursors.numbers)
         return Batch(self, run, Extent(wanted[run[0]].start, wanted[run[-1]].end))
 
-    async def bring(self, batch: Batch, told: Callable[[], None]) -> None:
+    async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         """As BlockSource. Damaged data is fetched again, then ImageError or RemoteError."""
         for left in reversed(range(DAMAGE_TRIES)):
             try:
                 run = await SpanRun.open(self._context, batch)
-                bad = await run.fetch(told)
+                bad = await run.fetch(published)
             except ImageError as error:
                 if not left:
                     raise

@@ -36,7 +36,7 @@ class Pieces(BlockSource):
             end += 1
         return Batch(self, range(first, end), Extent(wanted[first].start, wanted[end - 1].end))
 
-    async def bring(self, batch: Batch, told: Callable[[], None]) -> None:
+    async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         raise AssertionError("a schedule does nothing")
 
 

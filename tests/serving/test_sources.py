@@ -38,7 +38,7 @@ class Stream(BlockSource):
     def batch(self, first: int, wanted: Mapping[int, Extent]) -> Batch:
         return Batch(self, [0], wanted[0])
 
-    async def bring(self, batch: Batch, told: Callable[[], None]) -> None:
+    async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         while self._left:
             await self._steps.acquire()
             if self.breaks:
@@ -46,7 +46,7 @@ class Stream(BlockSource):
                 raise RemoteError("the stream broke")
             assert self._it.handle.layer.publish(self._left[0], LAYER.content(self._left[0]))
             del self._left[0]
-            told()
+            published()
 
 
 class Neighbour(BlockSource):
@@ -66,7 +66,7 @@ class Neighbour(BlockSource):
     def batch(self, first: int, wanted: Mapping[int, Extent]) -> Batch:
         return Batch(self, list(wanted), wanted[first])
 
-    async def bring(self, batch: Batch, told: Callable[[], None]) -> None:
+    async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         await trio.lowlevel.checkpoint()
         for block in batch.pieces:
             if block in self._rotten or not self._it.handle.layer.publish(block, LAYER.content(block)):
