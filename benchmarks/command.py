@@ -113,7 +113,7 @@ class Lazyfs:
         layers = list((self.cache / "layers").iterdir())
         while not all((layer / "sound").exists() for layer in layers):
             if time.monotonic() > deadline:
-                raise RuntimeError("the cached layers are not found sound")
+                raise RuntimeError("the cached layers are not sealed")
             time.sleep(0.1)
 
     def memory_bytes(self) -> int:

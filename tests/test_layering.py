@@ -130,9 +130,36 @@ def test_the_design_quotes_the_rooms() -> None:
     assert "\n".join(f"    {line}" for line in reversed(ROOMS.strip().split("\n"))) in (ROOT / "DESIGN.md").read_text()
 
 
-def test_files_stay_small() -> None:
-    files = [path for folder in ("lazyfs", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    assert {str(path): lines for path in files if (lines := len(path.read_text().splitlines())) > 500} == {}
+# What is still longer than it may be; nothing is added here.
+LONG_FILES = {
+    "lazyfs/daemon/keeper.py",
+    "lazyfs/daemon/worker.py",
+    "tests/containers/test_runspec.py",
+    "tests/daemon/test_fuse_root.py",
+    "tests/mounting/test_client.py",
+}
+LONG_FUNCTIONS = {
+    "lazyfs/commands/inspect.py: inspect",
+    "lazyfs/containers/spec.py: build_spec",
+    "tests/indexing/test_tree_umoci.py: test_every_rule",
+}
+
+
+def test_files_and_functions_stay_small() -> None:
+    """A file has 400 lines at most, a function 60."""
+    long_files, long_functions = set(), set()
+    for folder in ("lazyfs", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            name, text = str(path.relative_to(ROOT)), path.read_text()
+            if len(text.splitlines()) > 400:
+                long_files.add(name)
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    assert node.end_lineno is not None
+                    if node.end_lineno - node.lineno >= 60:
+                        long_functions.add(f"{name}: {node.name}")
+    assert long_files - LONG_FILES == set()
+    assert long_functions - LONG_FUNCTIONS == set()
 
 
 # -- the two light starts --------------------------------------------------------------------------------

@@ -60,6 +60,9 @@ def make_layer(sizes: list[int], seed: int = 1) -> TestLayer:
     return TestLayer(table, hashlib.sha256(table).hexdigest(), bytes(device))
 
 
+LAYER = make_layer([1, 4096, 5000, BLOCK_BYTES + 1, 70_000, 3 * BLOCK_BYTES])
+
+
 def entry(cache: BlockCache, layer: TestLayer, name: str) -> str:
     """Path of one file of a layer's cache entry."""
     return os.path.join(cache.layer_path(layer.content_root), name)

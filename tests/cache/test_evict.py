@@ -21,11 +21,6 @@ from tests.cache.cachelayers import TestLayer, entry, make_layer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> BlockCache:
-    return BlockCache(str(tmp_path / "store"))
-
-
 def put(store: BlockCache, number: int, age_s: float = 0) -> TestLayer:
     made = make_layer([50_000 + number], number)
     layer = store.create_layer(made.content_root, made.table)

@@ -21,11 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGEST = "sha256:" + "ab" * 32
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> BlockCache:
-    return BlockCache(str(tmp_path / "store"))
-
-
 @contextlib.contextmanager
 def overlay(upper: uppers.Upper, lower: Path) -> Iterator[int]:
     """A living overlay that is attached nowhere, so in nobody's mount table."""

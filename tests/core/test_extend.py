@@ -11,7 +11,7 @@ from lazyfs.core.index.namespace import LayerDevice, read_tree, write_namespace
 from lazyfs.core.tar.reader import Kind
 from lazyfs.core.tar.tree import LayerEntry, Node, extend, flatten
 from lazyfs.errors import ImageError
-from tests.core.test_tree import directory, entry, file, hardlink, symlink, walk
+from tests.core.layerentries import directory, entry, file, hardlink, symlink, walk
 
 PATHS = st.lists(st.sampled_from(["a", "b", "c", "long" * 40]), min_size=1, max_size=3).map("/".join)
 XATTRS = st.dictionaries(

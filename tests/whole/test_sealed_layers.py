@@ -21,16 +21,16 @@ def directly(machine: Host, target: Path) -> tuple[int, int]:
     return stats["layers_read_directly"], stats["layers"]
 
 
-def sound_files(machine: Host) -> list[Path]:
+def seals(machine: Host) -> list[Path]:
     return sorted((machine.cache / "layers").glob("*/sound"))
 
 
-def settled(machine: Host, image: str) -> trees.Tree:
-    """Reads the whole image by a mount of its own, until all of its layers are known to be sound."""
+def sealed(machine: Host, image: str) -> trees.Tree:
+    """Reads the whole image by a mount of its own, until all of its layers are sealed."""
     target = machine.mount(image)
     assert directly(machine, target)[0] == 0
     tree = trees.Tree(trees.read(target), frozenset())
-    wait_until(lambda: len(sound_files(machine)) == directly(machine, target)[1])
+    wait_until(lambda: len(seals(machine)) == directly(machine, target)[1])
     machine.forget()
     return tree
 
@@ -38,7 +38,7 @@ def settled(machine: Host, image: str) -> trees.Tree:
 @pytest.mark.parametrize("name", ["debian", "odd"])
 def test_the_next_mount_needs_no_daemon(kernel_host: Host, layouts: dict[str, Path], name: str) -> None:
     image = f"oci:{layouts[name]}:gzip"
-    expected = settled(kernel_host, image)
+    expected = sealed(kernel_host, image)
     target = kernel_host.mount(image)
     direct, layers = directly(kernel_host, target)
     assert direct == layers > 0
@@ -50,7 +50,7 @@ def test_the_next_mount_needs_no_daemon(kernel_host: Host, layouts: dict[str, Pa
     assert trees.differences(target, expected) == []
 
 
-def test_an_image_that_was_read_in_part_is_not_sound(
+def test_an_image_that_was_read_in_part_is_not_sealed(
     kernel_host: Host, pushed: Pushed, registry: RegistryServer
 ) -> None:
     """With an index, so that the first mount does not bring all of it."""
@@ -61,27 +61,27 @@ def test_an_image_that_was_read_in_part_is_not_sound(
     assert 0 < stats["blocks_present"] < stats["blocks_total"]
     kernel_host.forget()
     again = kernel_host.mount(image)
-    assert directly(kernel_host, again) == (0, 1) and not sound_files(kernel_host)
+    assert directly(kernel_host, again) == (0, 1) and not seals(kernel_host)
 
 
 @pytest.mark.parametrize("event", ["data was written to", "the machine was started anew", "a block was given up"])
 def test_what_happened_since_makes_the_daemon_check_again(kernel_host: Host, event: str) -> None:
     image = f"oci:{realimages.busybox()}:gzip"
-    expected = settled(kernel_host, image)
-    sound = sound_files(kernel_host)[0]
+    expected = sealed(kernel_host, image)
+    seal = seals(kernel_host)[0]
     if event == "data was written to":
-        with sound.with_name("data").open("r+b") as data:
+        with seal.with_name("data").open("r+b") as data:
             data.write(b"\xff" * 100_000)
     elif event == "a block was given up":
-        with sound.with_name("present").open("r+b") as marks:
+        with seal.with_name("present").open("r+b") as marks:
             marks.write(bytes(8))
     else:
-        sound.write_bytes(b"00000000-" + sound.read_bytes()[9:])
-    before = sound.read_bytes()
+        seal.write_bytes(b"00000000-" + seal.read_bytes()[9:])
+    before = seal.read_bytes()
     target = kernel_host.mount(image)
     assert directly(kernel_host, target)[0] == 0
     assert trees.differences(target, expected) == []
-    wait_until(lambda: sound.read_bytes() not in (b"", before))
+    wait_until(lambda: seal.read_bytes() not in (b"", before))
     kernel_host.forget()
     again = kernel_host.mount(image)
     assert directly(kernel_host, again)[0] == 1
