@@ -3,7 +3,7 @@
     <cache>/version                     "1"
     <cache>/layers/<content root>/      an entry: decoded file data of a layer, see layer.py
     <cache>/indexes/<manifest digest>/  documents and index of an image, see images.py
-    <cache>/scans/<digest of a blob>/   what indexing found out about a layer, see scans.py
+    <cache>/scans/<digest of a blob>/   the index of a layer, see scans.py
     <cache>/refs/<key>                  the manifest digest that a reference led to, see images/resolve.py
     <cache>/uppers/<random>/            an upper directory, see uppers.py
     <cache>/tmp/                        what is being made, and what was removed
@@ -65,7 +65,7 @@ class BlockCache:
         return places.image_path(self.path, manifest_digest)
 
     def scan_path(self, blob_digest: str) -> str:
-        """The directory of what indexing found out about a layer."""
+        """The directory of the index of a layer."""
         return os.path.join(self.path, places.SCANS, blob_digest.removeprefix("sha256:"))
 
     def reference_path(self, key: str) -> str:
@@ -109,6 +109,10 @@ class BlockCache:
             raise
 
     # -- layers ------------------------------------------------------------------------------------------
+
+    def has_layer(self, content_root: str) -> bool:
+        """Whether a layer seems to be here: open_layer() will tell."""
+        return os.path.exists(os.path.join(self.layer_path(content_root), TABLE))
 
     def open_layer(self, content_root: str) -> CachedLayer | None:
         """The layer's entry, locked against eviction; None if there is none. The caller closes it.

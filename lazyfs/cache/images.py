@@ -1,11 +1,30 @@
-"""What the cache keeps of one image, by manifest digest."""
+"""What the cache keeps of one image, by manifest digest.
+
+    <cache>/indexes/<manifest digest, hex>/manifest          the image manifest, verbatim
+                                          /config            the image config, verbatim
+                                          /image-made        its index (core/index/imageindex.py), made by this host
+                                          /image-attached    its index, from a registry, or pushed to one
+                                          /namespace.erofs   the EROFS metadata of the index, as a file
+                                          /index, /windows   an index of version 1, and the digest of its windows blob
+                                          /groups/           windows of that, one file a group
+                                          /lock              as for layers (cache/directory.py)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from typing import NamedTuple
 
+from lazyfs.cache import places
 from lazyfs.cache.directory import BlockCache
 from lazyfs.errors import HostError
+
+# The index of an image as this host made it, and as a registry had it. Two names, for they are not trusted alike: a new
+# index is made out of the first kind only.
+_MADE, _ATTACHED = "image-made", "image-attached"
+_V1, _V1_WINDOWS = "index", "windows"
+_INDEXES = (_MADE, _ATTACHED, _V1)
 
 
 def index_directory(cache: BlockCache, manifest_digest: str) -> str:
@@ -18,24 +37,101 @@ def make_index_directory(cache: BlockCache, manifest_digest: str) -> str:
     directory = index_directory(cache, manifest_digest)
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        with open(os.path.join(directory, "lock"), "ab"):  # first: without it the directory counts as rubbish
-            os.utime(os.path.join(directory, "lock"))
-        os.makedirs(os.path.join(directory, "groups"), mode=0o700, exist_ok=True)
+        with open(os.path.join(directory, places.LOCK), "ab"):  # first: without it the directory counts as rubbish
+            os.utime(os.path.join(directory, places.LOCK))
     except OSError as error:
         raise HostError(f"cannot write to the cache: {error.strerror}", "check the disk") from None
     return directory
 
 
+class KeptIndex(NamedTuple):
+    """An index of an image in the cache."""
+
+    blob: bytes
+    attached: bool  # a registry had it, so that what is missing here can be fetched from there
+
+
 def has_index(cache: BlockCache, manifest_digest: str) -> bool:
-    """Whether an index of that image is in the cache."""
-    return os.path.exists(os.path.join(index_directory(cache, manifest_digest), "index"))
+    """Whether an index of that image is in the cache, of whatever version."""
+    directory = index_directory(cache, manifest_digest)
+    return any(os.path.exists(os.path.join(directory, name)) for name in _INDEXES)
 
 
-def keep_index(cache: BlockCache, manifest_digest: str, blob: bytes, windows_digest: str) -> None:
-    """Files an index in the cache; the index itself last, since its presence says that all is there."""
+def kept_indexes(cache: BlockCache, manifest_digest: str) -> list[KeptIndex]:
+    """The indexes of version 2 that are kept of an image, the one to take first. HostError: disk."""
+    directory = index_directory(cache, manifest_digest)
+    found = [(read_file(os.path.join(directory, name)), name == _ATTACHED) for name in (_MADE, _ATTACHED)]
+    return [KeptIndex(blob, attached) for blob, attached in found if blob is not None]
+
+
+def keep_index(cache: BlockCache, manifest_digest: str, blob: bytes, *, attached: bool) -> None:
+    """Files an index of version 2. `attached`: it came from a registry; else this host made it out of the layers."""
     directory = make_index_directory(cache, manifest_digest)
-    cache.write_atomically(os.path.join(directory, "windows"), windows_digest.encode())
-    cache.write_atomically(os.path.join(directory, "index"), blob)
+    cache.write_atomically(os.path.join(directory, _ATTACHED if attached else _MADE), blob)
+
+
+def kept_v1_index(cache: BlockCache, manifest_digest: str) -> tuple[bytes, str] | None:
+    """An index of version 1 that is kept of an image, and the digest of its windows blob."""
+    directory = index_directory(cache, manifest_digest)
+    blob = read_file(os.path.join(directory, _V1))
+    if blob is None:
+        return None
+    return blob, (read_file(os.path.join(directory, _V1_WINDOWS)) or b"").decode("ascii", "replace")
+
+
+def keep_v1_index(cache: BlockCache, manifest_digest: str, blob: bytes, windows_digest: str) -> None:
+    """Files an index of version 1; the index itself last, since its presence says that all is there."""
+    directory = make_index_directory(cache, manifest_digest)
+    cache.write_atomically(os.path.join(directory, _V1_WINDOWS), windows_digest.encode())
+    cache.write_atomically(os.path.join(directory, _V1), blob)
+
+
+def forget_indexes(cache: BlockCache, manifest_digest: str) -> None:
+    """Removes all that are kept of an image: they have turned out to be of no use."""
+    for name in _INDEXES:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(index_directory(cache, manifest_digest), name))
+
+
+def namespace_path(cache: BlockCache, manifest_digest: str) -> str:
+    """Where the namespace of an image is, as a file for the kernel."""
+    return os.path.join(index_directory(cache, manifest_digest), places.NAMESPACE)
+
+
+class WindowGroups:
+    """Groups of windows in a directory of their own, made when it is needed: files named by their offsets in a blob."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def group(self, offset: int, length: int) -> bytes | None:
+        """A group, as stored, if it is here."""
+        try:
+            with open(os.path.join(self._directory, str(offset)), "rb") as file:
+                found = file.read(length + 1)
+        except OSError:
+            return None
+        return found if len(found) == length else None
+
+    def keep_group(self, offset: int, stored: bytes) -> None:
+        """Files a group that was fetched. It only saves time, so a disk that is full is no error."""
+        write_small(self._directory, str(offset), stored)
+
+
+def v1_windows(cache: BlockCache, manifest_digest: str) -> WindowGroups:
+    """The groups of windows that are kept of an index of version 1."""
+    return WindowGroups(os.path.join(index_directory(cache, manifest_digest), "groups"))
+
+
+def write_small(directory: str, name: str, data: bytes) -> None:
+    """Writes a file of tens of kilobytes if the disk has room. Not synced: well below what a thread would cost."""
+    path = os.path.join(directory, name)
+    temporary = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
 
 
 def read_file(path: str) -> bytes | None:

@@ -1,53 +1,210 @@
-"""The scans of layers that the cache keeps: what an index needs of a layer, without reading the layer again.
+"""The indexes of layers that the cache keeps (core/index/layerindex.py), whole or in part.
 
-An image that was changed has most of its layers in common with the one before; indexing it reads only the new ones.
+    <cache>/scans/<digest of the layer's blob>/lock                   flock: shared by users, exclusive for eviction
+                                              /<index digest>/layer   the whole index, made by this host
+                                                             /head    what was fetched of one: its head,
+                                                             /<n>     and the group of windows at its byte n
+                                              /chain-<sha256>         the tree of an image's layers up to this one
 
-    <cache>/scans/<digest of the layer's blob, hex>/scan   see core/index/scan.py
+What this host made out of the layer itself is of use to every image that has the layer. What was fetched is as
+trustworthy as the repository it came from, so mounts use it, whose index names its digests; no new index is made of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import shutil
+from collections.abc import Sequence
 
+from lazyfs.cache import places
 from lazyfs.cache.directory import BlockCache
-from lazyfs.core.index.scan import LayerScan, decode_scan, encode_scan
+from lazyfs.cache.images import index_directory, kept_indexes, read_file, write_small
+from lazyfs.cache.locks import lock_shared
+from lazyfs.core.index.imageindex import ImageIndex, LayerPart
+from lazyfs.core.index.layerindex import LayerHead
+from lazyfs.core.oci.digests import DiffId, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.errors import HostError, ImageError
 
 
-def load_scan(cache: BlockCache, layer: Descriptor, diff_id: str) -> LayerScan | None:
-    """The scan of a layer if a whole one is kept, and notes the use; None else: read the layer.
+class KeptLayerIndex:
+    """What is here of one layer's index; safe from eviction until close(), or until nobody refers to it.
 
-    A scan was kept when the blob had the digest, and decoded to the DiffID, that its image gave. Here `layer` and
-    `diff_id` are from the image that it is wanted for: all of it has to agree.
+    Methods are synchronous, and may be called from any thread.
+    """
+
+    def __init__(self, cache: BlockCache, blob_digest: str, index_digest: str) -> None:
+        """HostError: the disk is full or fails."""
+        self._lock_fd = -1
+        directory = _directory(cache, blob_digest)
+        self._directory = os.path.join(directory, index_digest.removeprefix("sha256:"))
+        try:
+            self._lock_fd = _hold(directory)
+            os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise HostError(f"cannot write to the cache: {error.strerror}", "check the disk") from None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of it. May be called twice."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is here."""
+        return os.path.exists(os.path.join(self._directory, "layer"))
+
+    def head(self, head_bytes: int) -> bytes | None:
+        """Its first `head_bytes` bytes. They were right when they were filed; what they are made of has checksums."""
+        return self._read("layer", 0, head_bytes) or self._read("head", 0, head_bytes)
+
+    def keep_head(self, head: bytes) -> None:
+        """Files a head that was verified. It only saves time, so a disk that is full is no error."""
+        write_small(self._directory, "head", head)
+
+    def group(self, offset: int, length: int) -> bytes | None:
+        """A group of windows, as stored."""
+        return self._read("layer", offset, length) or self._read(str(offset), 0, length)
+
+    def keep_group(self, offset: int, stored: bytes) -> None:
+        """Files a group that was fetched, if the disk has room."""
+        write_small(self._directory, str(offset), stored)
+
+    def _read(self, name: str, offset: int, length: int) -> bytes | None:
+        try:
+            with open(os.path.join(self._directory, name), "rb") as file:
+                found = os.pread(file.fileno(), length, offset)
+        except OSError:
+            return None
+        return found if len(found) == length else None
+
+
+class MadeLayer:
+    """The whole index of a layer, made by this host. Sizes in bytes."""
+
+    def __init__(self, blob: bytes) -> None:
+        """ImageError if it is damaged."""
+        self.blob = blob
+        self.head = head = LayerHead(blob)
+        if head.whole_bytes != len(blob):
+            raise ImageError("the index of a layer is cut short")
+        self.head_blob = blob[: head.head_bytes]
+        self.part = LayerPart(
+            head.record, sha256_digest(blob), len(blob), head.head_bytes, hashlib.sha256(self.head_blob).hexdigest()
+        )
+
+
+def load_made(cache: BlockCache, layer: Descriptor, diff_id: DiffId) -> MadeLayer | None:
+    """The index that this host made of a layer, and notes the use; None if there is none that is whole: read the layer.
+
+    It was made when the blob had the digest, and decoded to the DiffID, that its image gave. Here `layer` and `diff_id`
+    are from the image that it is wanted for: all of it has to agree.
     """
     directory = _directory(cache, layer.digest)
+    for name in _made_names(directory):
+        try:
+            with open(os.path.join(directory, name, "layer"), "rb") as file:
+                blob = file.read()
+            made = MadeLayer(blob)
+            if made.part.index_digest != "sha256:" + name:
+                continue
+            os.utime(os.path.join(directory, places.LOCK))
+        except (OSError, ImageError):
+            continue
+        record = made.head.record
+        if (record.blob_digest, record.blob_bytes, record.diff_id) == (layer.digest, layer.size_bytes, diff_id):
+            return made
+    return None
+
+
+def made_bytes(cache: BlockCache, blob_digest: str) -> int | None:
+    """How large the index is that this host made of a layer, or None if there is none."""
+    directory = _directory(cache, blob_digest)
+    for name in _made_names(directory):
+        with contextlib.suppress(OSError):
+            return os.stat(os.path.join(directory, name, "layer")).st_size
+    return None
+
+
+def keep_made(cache: BlockCache, made: MadeLayer) -> None:
+    """Keep it. HostError: disk."""
+    directory = _directory(cache, made.part.record.blob_digest)
     try:
-        with open(os.path.join(directory, "scan"), "rb") as file:
-            scan = decode_scan(file.read())
-        os.utime(directory)
-    except (OSError, ImageError):
+        lock_fd = _hold(directory)
+        try:
+            place = os.path.join(directory, made.part.index_digest.removeprefix("sha256:"))
+            os.makedirs(place, mode=0o700, exist_ok=True)
+            cache.write_atomically(os.path.join(place, "layer"), made.blob)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, "scan"))  # of an older lazyfs
+        finally:
+            os.close(lock_fd)
+    except OSError as error:
+        raise HostError(f"cannot write to the cache: {error.strerror}", "check the disk") from None
+
+
+def copy_index(cache: BlockCache, other: BlockCache, manifest_digest: str) -> None:
+    """Gives another cache all that this one has of the index of an image, but no data of its layers. OSError."""
+    shutil.copytree(
+        index_directory(cache, manifest_digest), index_directory(other, manifest_digest), dirs_exist_ok=True
+    )
+    for kept in kept_indexes(cache, manifest_digest):
+        for part in ImageIndex(kept.blob).parts:
+            blob_digest = part.record.blob_digest
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copytree(_directory(cache, blob_digest), _directory(other, blob_digest), dirs_exist_ok=True)
+
+
+def load_chain(cache: BlockCache, layers: Sequence[Descriptor]) -> ImageIndex | None:
+    """The tree of these layers, if it is kept, as the index of an image with these layers. Nothing in it is checked but
+    its form."""
+    blob = read_file(_chain_path(cache, layers))
+    if blob is None:
         return None
-    known = (scan.record.blob_digest, scan.record.blob_bytes, scan.record.diff_id)
-    return scan if known == (layer.digest, layer.size_bytes, diff_id) else None
-
-
-def scan_bytes(cache: BlockCache, blob_digest: str) -> int | None:
-    """How large the scan of a layer is, or None if there is none."""
     try:
-        return os.stat(os.path.join(_directory(cache, blob_digest), "scan")).st_size
-    except OSError:
+        return ImageIndex(blob)
+    except ImageError:
         return None
 
 
-def keep_scan(cache: BlockCache, scan: LayerScan) -> None:
-    """Keep a scan. It only saves time, so a disk that is full is no error."""
-    directory = _directory(cache, scan.record.blob_digest)
-    with contextlib.suppress(OSError, HostError):
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        cache.write_atomically(os.path.join(directory, "scan"), encode_scan(scan))
+def keep_chain(cache: BlockCache, layers: Sequence[Descriptor], blob: bytes) -> None:
+    """Keep the tree of these layers, as the index of an image of them. It only saves time: a full disk is no error."""
+    with contextlib.suppress(HostError):
+        cache.write_atomically(_chain_path(cache, layers), blob)
+
+
+def _chain_path(cache: BlockCache, layers: Sequence[Descriptor]) -> str:
+    chain = hashlib.sha256(" ".join(layer.digest for layer in layers).encode()).hexdigest()
+    return os.path.join(_directory(cache, layers[-1].digest), f"chain-{chain}")
 
 
 def _directory(cache: BlockCache, blob_digest: str) -> str:
     return cache.scan_path(blob_digest)
+
+
+def _made_names(directory: str) -> list[str]:
+    """Names of the indexes of a layer, of which whole ones may be there."""
+    try:
+        return sorted(name for name in os.listdir(directory) if len(name) == 64)
+    except OSError:
+        return []
+
+
+def _hold(directory: str) -> int:
+    """Takes a layer's directory against eviction, making it if it is not there or has just been evicted."""
+    path = os.path.join(directory, places.LOCK)
+    while True:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        try:
+            lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
+        if lock_shared(lock_fd, path):
+            return lock_fd
+        os.close(lock_fd)

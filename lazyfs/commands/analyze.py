@@ -23,17 +23,16 @@ import trio
 
 from lazyfs.cache import places
 from lazyfs.cache.directory import BlockCache
-from lazyfs.cache.images import index_directory
+from lazyfs.cache.scans import copy_index
 from lazyfs.commands.bars import layer_bars
 from lazyfs.commands.report import human_bytes, table
 from lazyfs.containers import run
 from lazyfs.containers.roots import MountedRoots
 from lazyfs.control import client, query, rundir
 from lazyfs.core.index.analysis import ImageAnalysis, analyse
-from lazyfs.core.index.blob import Index
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.errors import HostError, LazyfsError
-from lazyfs.images.documents import Missing, find_index, load_config
+from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
 from lazyfs.mounting.options import MountOptions
 
@@ -47,7 +46,9 @@ def analyze(args: argparse.Namespace) -> int:
         from lazyfs.commands import plot  # before the work: it may not be there
     cache = BlockCache(places.cache_directory(options.cache))
     reference, manifest_digest, index = _index(cache, args.image, options)
-    analysis = analyse(index, functools.partial(_present, cache), _blocks_of_others(cache, index))
+    layers = [(layer.head.record, BlockTable(layer.head.table())) for _, layer in sorted(index.layers.items())]
+    own = {record.content_root for record, _ in layers}
+    analysis = analyse(index.namespace, layers, functools.partial(_present, cache), _blocks_of_others(cache, own))
     report: dict[str, Any] = {"image": reference, "manifest_digest": manifest_digest, **asdict(analysis)}
     code = 0
     if args.command:
@@ -61,24 +62,24 @@ def analyze(args: argparse.Namespace) -> int:
     return code
 
 
-def _index(cache: BlockCache, image: str, options: MountOptions) -> tuple[str, str, Index]:
+def _index(cache: BlockCache, image: str, options: MountOptions) -> tuple[str, str, Found]:
     """Reference, manifest digest and index of an image. An index that is neither here nor attached is made, and
     kept, but no data with it."""
-    found: list[tuple[str, str, Index]] = []
+    found: list[tuple[str, str, Found]] = []
 
     async def work() -> None:
         async with resolved_image(cache, image, options.access) as resolved:
             with trio.fail_after(DOCUMENTS_S):
-                index = await find_index(cache, resolved, offline=options.access.offline)
+                index = await find_index(cache, resolved, offline=options.access.offline, all_layers=True)
             if isinstance(index, Missing):
                 await build(cache, resolved, fill=False, bars=layer_bars)
-                index = await find_index(cache, resolved, offline=True)
+                index = await find_index(cache, resolved, offline=True, all_layers=True)
             else:
                 with trio.fail_after(DOCUMENTS_S):
                     await load_config(cache, resolved)
             if isinstance(index, Missing):
                 raise HostError("the index that was just made is not in the cache", "check the cache's disk")
-            found.append((str(resolved.reference), resolved.manifest_digest, index.index))
+            found.append((str(resolved.reference), resolved.manifest_digest, index))
 
     run_async(work)
     return found[0]
@@ -89,9 +90,8 @@ def _present(cache: BlockCache, content_root: str, table: BlockTable) -> Sequenc
     return bytes(table.count) if entry is None else entry[1]
 
 
-def _blocks_of_others(cache: BlockCache, index: Index) -> set[bytes]:
-    """sha256 of all blocks that the cache has of layers that this image does not have."""
-    own = {record.content_root for record in index.layers}
+def _blocks_of_others(cache: BlockCache, own: set[str]) -> set[bytes]:
+    """sha256 of all blocks that the cache has of layers that this image, which has `own`, does not have."""
     digests: set[bytes] = set()
     for content_root in cache.content_roots():
         entry = None if content_root in own else cache.peek(content_root)
@@ -149,8 +149,7 @@ def _empty_cache(cache: BlockCache, manifest_digest: str) -> Iterator[BlockCache
     directory = tempfile.mkdtemp(prefix="analyze-", dir=cache.tmp)
     try:
         private = BlockCache(os.path.join(directory, "cache"))
-        known = index_directory(cache, manifest_digest)
-        shutil.copytree(known, index_directory(private, manifest_digest), dirs_exist_ok=True)
+        copy_index(cache, private, manifest_digest)
         try:
             yield private
         finally:

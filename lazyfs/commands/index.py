@@ -12,7 +12,7 @@ from lazyfs.cache.directory import BlockCache
 from lazyfs.commands.bars import layer_bars
 from lazyfs.commands.report import human_bytes
 from lazyfs.indexing.missing import build, resolved_image, run_async
-from lazyfs.indexing.publish import attach_index, write_layout
+from lazyfs.indexing.publish import push_index, write_layout
 from lazyfs.mounting.options import MountOptions
 
 
@@ -32,13 +32,13 @@ def index(args: argparse.Namespace) -> int:
                 manifest_digest=resolved.manifest_digest,
                 image_bytes=blob_bytes,
                 tar_bytes=built.tar_bytes,
-                index_bytes=len(built.index) + len(built.windows),
+                index_bytes=built.size_bytes,
                 seconds=round(time.monotonic() - started_s, 3),
             )
             if args.output:
                 report["output_digest"] = await write_layout(args.output, resolved, built)
             if args.push:
-                report["artifact_digest"] = await attach_index(resolved.source, resolved, built)
+                report["artifact_digest"] = await push_index(cache, resolved, built)
 
     run_async(work)
     if args.json:

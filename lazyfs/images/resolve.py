@@ -1,11 +1,6 @@
 """From a reference to the documents of an image: manifest, config and index, fetched once, kept in the cache.
 
-    <cache>/indexes/<manifest digest, hex>/manifest   the image manifest, verbatim
-                                          /config     the image config, verbatim
-                                          /index      the index blob (core/index/blob.py)
-                                          /windows    digest of the windows blob in the registry, may be empty
-                                          /groups/    windows fetched or built so far, one file a group
-                                          /lock       as for layers (cache/directory.py)
+    <cache>/indexes/<manifest digest, hex>/           see cache/images.py
     <cache>/refs/<sha256 of reference and platform>   manifest digest the reference led to when last asked
 """
 

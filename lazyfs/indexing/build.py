@@ -9,7 +9,6 @@ on disk.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
@@ -19,18 +18,18 @@ import trio
 
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.fill import LayerFill
-from lazyfs.cache.scans import keep_scan, load_scan
-from lazyfs.core.erofs.writer import Device, write_erofs
-from lazyfs.core.index.blob import LayerRecord, encode_index
-from lazyfs.core.index.scan import LayerScan
-from lazyfs.core.layer.blocks import BlockTable, pack_table
+from lazyfs.cache.scans import MadeLayer, keep_made, load_made
+from lazyfs.core.index.layerindex import LayerScan, encode_layer
+from lazyfs.core.index.record import LayerRecord
+from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import Compression, detect_compression, encode_points
+from lazyfs.core.oci.digests import DiffId
 from lazyfs.core.oci.documents import Descriptor, ImageConfig
-from lazyfs.core.tar.reader import Kind
-from lazyfs.core.tar.tree import Node, flatten
+from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.decoding.layers import layer_inflater
 from lazyfs.errors import ImageError
 from lazyfs.images.resolve import Resolved
+from lazyfs.indexing.assemble import BuiltIndex, assemble
 from lazyfs.indexing.scanner import LayerScanner
 from lazyfs.tasks import together
 
@@ -51,20 +50,6 @@ class LayerProgress:
     tar_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltIndex:
-    """An index: the index blob, and the windows blob by groups."""
-
-    index: bytes
-    window_groups: dict[int, bytes]  # offset in the windows blob -> stored group, in order
-    tar_bytes: int
-
-    @property
-    def windows(self) -> bytes:
-        """The windows blob; empty if no layer needs windows."""
-        return b"".join(self.window_groups.values())
-
-
 async def build_index(
     resolved: Resolved,
     config: ImageConfig,
@@ -83,29 +68,38 @@ async def build_index(
     layers = resolved.manifest.layers
     if len(config.diff_ids) != len(layers):
         raise ImageError("the image config names another number of layers than the manifest")
-    expected: dict[str, str] = {}
+    expected: dict[str, DiffId] = {}
     for layer, diff_id in zip(layers, config.diff_ids, strict=True):
         if expected.setdefault(layer.digest, diff_id) != diff_id:
             raise ImageError(f"the image config gives two DiffIDs for layer {layer.digest}")
-    found: dict[str, LayerScan] = {}
+    made: dict[str, MadeLayer] = {}
+    entries: dict[str, list[LayerEntry]] = {}
 
     async def scan(layer: Descriptor) -> None:
         diff_id = expected[layer.digest]
         known = None
         if scans is not None:
-            known = await trio.to_thread.run_sync(load_scan, scans, layer, diff_id)
+            known = await trio.to_thread.run_sync(load_made, scans, layer, diff_id)
         if known is None:
-            known = await _scan_layer(resolved, layer, diff_id, cache, on_progress)
-            if scans is not None:
-                await trio.to_thread.run_sync(keep_scan, scans, known)
+            found = await _scan_layer(resolved, layer, diff_id, cache, on_progress)
+            entries[layer.digest] = found.entries
+            known = await trio.to_thread.run_sync(_encode, found, scans)
         else:
-            on_progress(LayerProgress(layer.digest, layer.size_bytes, layer.size_bytes, known.record.tar_bytes))
-        found[layer.digest] = known
+            tar_bytes = known.part.record.tar_bytes
+            on_progress(LayerProgress(layer.digest, layer.size_bytes, layer.size_bytes, tar_bytes))
+        made[layer.digest] = known
 
     distinct = {layer.digest: layer for layer in layers}.values()
     await together(*(functools.partial(scan, layer) for layer in distinct), at_most=_LAYERS_AT_ONCE)
-    ordered = [found[layer.digest] for layer in layers]
-    return await trio.to_thread.run_sync(_assemble, resolved.manifest_digest, ordered)
+    ordered = [made[layer.digest] for layer in layers]
+    return await trio.to_thread.run_sync(assemble, resolved, ordered, entries, scans)
+
+
+def _encode(scan: LayerScan, scans: BlockCache | None) -> MadeLayer:
+    made = MadeLayer(encode_layer(scan))
+    if scans is not None:
+        keep_made(scans, made)
+    return made
 
 
 async def _scan_layer(
@@ -200,54 +194,12 @@ def _finish_layer(
     if fill is not None:
         fill.publish(content_root, table)
     record = LayerRecord(
-        layer.digest, layer.size_bytes, diff_id, inflated.compression, tar_bytes, content_root, ()
+        layer.digest,
+        layer.size_bytes,
+        diff_id,
+        inflated.compression,
+        tar_bytes,
+        content_root,
+        BlockTable(table).device_bytes,
     )
     return LayerScan(record, scanner.entries, table, inflated.span_records, inflated.window_groups)
-
-
-def _assemble(manifest_digest: str, scans: list[LayerScan]) -> BuiltIndex:
-    """Flattens the layers, writes the namespace, lays out the windows blob."""
-    root = flatten([scan.entries for scan in scans])
-    namespace = write_erofs(root, _devices(root, scans))
-    groups: dict[int, bytes] = {}
-    records = []
-    at = 0
-    for scan in scans:
-        places = []
-        for group in scan.window_groups:
-            groups[at] = group
-            places.append((at, len(group)))
-            at += len(group)
-        records.append(dataclasses.replace(scan.record, window_groups=tuple(places)))
-    index = encode_index(
-        manifest_digest,
-        namespace,
-        records,
-        [pack_table(scan.table) for scan in scans],
-        [scan.span_records for scan in scans],
-    )
-    return BuiltIndex(index, groups, sum(scan.record.tar_bytes for scan in scans))
-
-
-def _devices(root: Node, scans: list[LayerScan]) -> list[Device]:
-    """The device table: one device for each content root that a file lies in. Renumbers `Node.layer`
-    to it.
-    """
-    numbers: dict[str, int] = {}
-    devices: list[Device] = []
-    done: set[int] = set()
-    nodes = [root]
-    while nodes:
-        node = nodes.pop()
-        if id(node) in done:
-            continue
-        done.add(id(node))
-        nodes.extend((node.children or {}).values())
-        if node.kind is Kind.FILE and node.size:
-            scan = scans[node.layer]
-            content_root = scan.record.content_root
-            if content_root not in numbers:
-                numbers[content_root] = len(devices)
-                devices.append(Device(content_root.encode(), BlockTable(scan.table).device_bytes))
-            node.layer = numbers[content_root]
-    return devices

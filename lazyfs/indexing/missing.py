@@ -14,8 +14,9 @@ from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import LazyfsError, RemoteError
 from lazyfs.images.documents import load_config
 from lazyfs.images.resolve import Resolved, resolve
-from lazyfs.indexing.build import BuiltIndex, LayerProgress
-from lazyfs.indexing.publish import attach_index
+from lazyfs.indexing.assemble import BuiltIndex
+from lazyfs.indexing.build import LayerProgress
+from lazyfs.indexing.publish import push_index
 from lazyfs.indexing.small import make_index
 from lazyfs.sources.access import Access
 from lazyfs.system import startup
@@ -38,7 +39,7 @@ def build_missing_index(
         async with resolved_image(cache, image, access) as resolved:
             built = await build(cache, resolved, fill=True, bars=bars)
             if push:
-                await attach_index(resolved.source, resolved, built)
+                await push_index(cache, resolved, built)
 
     run_async(work)
 

@@ -8,35 +8,46 @@ from __future__ import annotations
 import functools
 import os
 
-from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.images import keep_index
+from lazyfs.core.index.imageindex import ARTIFACT_TYPE, IMAGE_MEDIA_TYPE
+from lazyfs.core.index.layerindex import LAYER_MEDIA_TYPE
 from lazyfs.core.oci.digests import Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.errors import HostError
 from lazyfs.images.resolve import Resolved
-from lazyfs.indexing.build import BuiltIndex
+from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.sources.access import Access
 from lazyfs.sources.source import Source, open_source
 from lazyfs.tasks import together
 
+_PUSHES_AT_ONCE = 8
+
+
+async def push_index(cache: BlockCache, resolved: Resolved, built: BuiltIndex) -> str:
+    """Attaches the index to its image where that comes from, and notes it in the cache. As attach_index."""
+    digest = await attach_index(resolved.source, resolved, built)
+    keep_index(cache, resolved.manifest_digest, built.index, attached=True)
+    return digest
+
 
 async def attach_index(source: Source, resolved: Resolved, built: BuiltIndex) -> str:
-    """Pushes both blobs, then the artifact manifest; returns its digest. Safe to repeat: nothing doubles."""
-    blobs = [(INDEX_MEDIA_TYPE, built.index)]
-    if built.windows:
-        blobs.append((WINDOWS_MEDIA_TYPE, built.windows))
+    """Pushes those blobs that are not there, then the artifact manifest; returns its digest. Safe to repeat: nothing
+    doubles."""
     empty = b"{}"  # the config of an artifact (image-spec manifest.md)
     # At once: each push takes several round trips.
-    await together(*(functools.partial(source.push_blob, data) for data in (empty, *(data for _, data in blobs))))
-    layers = [Descriptor(media_type, sha256_digest(data), len(data)) for media_type, data in blobs]
-    subject = Descriptor(resolved.manifest.media_type, Digest(resolved.manifest_digest), len(resolved.manifest_bytes))
+    pushes = [functools.partial(source.push_blob, data) for data in (built.index, *built.layers.values(), empty)]
+    await together(*pushes, at_most=_PUSHES_AT_ONCE)
+    layers = [
+        Descriptor(IMAGE_MEDIA_TYPE, sha256_digest(built.index), len(built.index)),
+        *(Descriptor(LAYER_MEDIA_TYPE, digest, len(blob)) for digest, blob in built.layers.items()),
+    ]
+    subject = Descriptor(
+        resolved.manifest.media_type, Digest(resolved.manifest_digest), len(resolved.manifest_bytes)
+    )
     return await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
-
-
-def windows_digest(built: BuiltIndex) -> str:
-    """Digest of the windows blob; empty if there is none."""
-    return sha256_digest(built.windows) if built.windows else ""
 
 
 async def write_layout(directory: str, resolved: Resolved, built: BuiltIndex) -> str:

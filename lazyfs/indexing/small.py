@@ -6,18 +6,17 @@ change of an application, when all but a small layer was read before, is done at
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import trio
 
 from lazyfs.cache.directory import BlockCache
-from lazyfs.cache.images import keep_index, make_index_directory
-from lazyfs.cache.scans import scan_bytes
+from lazyfs.cache.images import keep_index
+from lazyfs.cache.scans import made_bytes
 from lazyfs.core.oci.documents import ImageConfig
 from lazyfs.images.resolve import Resolved
-from lazyfs.indexing.build import BuiltIndex, LayerProgress, build_index
-from lazyfs.indexing.publish import windows_digest
+from lazyfs.indexing.assemble import BuiltIndex
+from lazyfs.indexing.build import LayerProgress, build_index
 
 # A daemon serves others meanwhile: so much is read, decoded and assembled in some tenths of a second (measured: 0.35 s
 # for 33,000 files, whose scans have 3.6 MB).
@@ -38,10 +37,7 @@ async def make_index(
 ) -> BuiltIndex:
     """Reads the layers that were not read before and keeps the index; with `fill`, their data, too. LazyfsError."""
     built = await build_index(resolved, config, cache if fill else None, on_progress, cache)
-    groups = os.path.join(make_index_directory(cache, resolved.manifest_digest), "groups")
-    for offset, group in built.window_groups.items():
-        cache.write_atomically(os.path.join(groups, str(offset)), group)
-    keep_index(cache, resolved.manifest_digest, built.index, windows_digest(built))
+    keep_index(cache, resolved.manifest_digest, built.index, attached=False)
     return built
 
 
@@ -67,7 +63,7 @@ def _is_small(cache: BlockCache, resolved: Resolved) -> bool:
     """Whether the layers that were not read before, and what is known of the others, are small."""
     unread_bytes = scans_bytes = 0
     for layer in resolved.manifest.layers:
-        known_bytes = scan_bytes(cache, layer.digest)
+        known_bytes = made_bytes(cache, layer.digest)
         if known_bytes is None:
             unread_bytes += layer.size_bytes
         else:

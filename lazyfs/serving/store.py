@@ -1,15 +1,8 @@
-"""Opened images: namespace file, cache entries and fetchers of every image that a process serves.
-
-    <cache>/indexes/<manifest digest, hex>/namespace.erofs   the EROFS metadata of the index, as a file
-
-What else lies there is in images/resolve.py.
-"""
+"""Opened images: namespace file, cache entries and fetchers of every image that a process serves."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import hashlib
 import os
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -17,15 +10,14 @@ from typing import NamedTuple
 import trio
 
 from lazyfs.cache.directory import BlockCache
-from lazyfs.cache.images import index_directory, make_index_directory, read_file
+from lazyfs.cache.images import forget_indexes, make_index_directory, namespace_path
+from lazyfs.cache.layer import CachedLayer
 from lazyfs.cache.locks import lock_shared
 from lazyfs.core.deadlines import answer_s
-from lazyfs.core.erofs.reader import ErofsReader
-from lazyfs.core.index.blob import Index
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
-from lazyfs.images.documents import Found, Missing, find_index, load_config
+from lazyfs.images.documents import Found, FoundLayer, Missing, find_index, load_config
 from lazyfs.images.resolve import Resolved, close_source, resolve
 from lazyfs.serving.blob import Blob
 from lazyfs.serving.device import LayerHandle
@@ -142,8 +134,7 @@ class ImageStore:
             try:
                 image = await trio.to_thread.run_sync(self._assemble, resolved, documents, timeout_s)
             except ImageError:  # the next mount shall look for another index than this
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(index_directory(self.cache, resolved.manifest_digest), "index"))
+                forget_indexes(self.cache, resolved.manifest_digest)
                 raise
             self.images[resolved.manifest_digest] = image
             return image
@@ -153,15 +144,11 @@ class ImageStore:
         lock_fd = self._lock(resolved.manifest_digest)
         fresh: dict[str, LayerHandle] = {}
         try:
-            namespace_path = os.path.join(
-                index_directory(self.cache, resolved.manifest_digest), "namespace.erofs"
-            )
-            namespace = self._namespace(namespace_path, documents.found.index)
-            layers = [
-                self._layer(resolved, documents.found, device.tag.decode("ascii", "replace"), fresh, timeout_s)
-                for device in ErofsReader(namespace).devices
-            ]
-            sizes = [device.size_bytes for device in ErofsReader(namespace).devices]
+            found = documents.found
+            by_root = {layer.head.record.content_root: layer for layer in found.layers.values()}
+            devices = found.namespace.devices
+            layers = [self._layer(resolved, by_root[device.tag.decode()], fresh, timeout_s) for device in devices]
+            sizes = [device.size_bytes for device in devices]
             if sizes != [handle.size_bytes for handle, _ in layers]:
                 raise ImageError("the namespace in the index does not fit its block tables")
         except BaseException:
@@ -179,7 +166,7 @@ class ImageStore:
             reference=str(resolved.reference),
             manifest_digest=resolved.manifest_digest,
             config=documents.config,
-            namespace_path=namespace_path,
+            namespace_path=namespace_path(self.cache, resolved.manifest_digest),
             layers=tuple(handle for handle, _ in layers),
             source=resolved.source,
             dispatcher=dispatcher,
@@ -200,41 +187,32 @@ class ImageStore:
                 return lock_fd
             os.close(lock_fd)
 
-    def _namespace(self, path: str, index: Index) -> bytes:
-        namespace = read_file(path)
-        if namespace is None or hashlib.sha256(namespace).hexdigest() != index.namespace_sha256:
-            namespace = index.namespace()
-            self.cache.write_atomically(path, namespace)
-        return namespace
-
     def _layer(
-        self,
-        resolved: Resolved,
-        found: Found,
-        content_root: str,
-        fresh: dict[str, LayerHandle],
-        timeout_s: float,
+        self, resolved: Resolved, found: FoundLayer, fresh: dict[str, LayerHandle], timeout_s: float
     ) -> tuple[LayerHandle, Blob]:
         """The handle of one device, from `fresh` if it was not open before, and where to fetch it."""
-        index = found.index
-        numbers = [number for number, one in enumerate(index.layers) if one.content_root == content_root]
-        if not numbers:
-            raise ImageError("the namespace in the index names a layer the image does not have")
-        record = index.layers[numbers[0]]
+        record = found.head.record
+        content_root = record.content_root
         handle = self.handles.get(content_root) or fresh.get(content_root)
         if handle is None:
-            layer = self.cache.create_layer(content_root, index.table(numbers[0]))
+            layer = self._cached(content_root) or self.cache.create_layer(content_root, found.head.table())
             handle = LayerHandle(layer, LayerFetcher(layer))
             fresh[content_root] = handle
-        spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, index.spans(numbers[0]))
+        spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, found.head.spans())
         if spans.tar_bytes < handle.layer.table.tar_bytes:
             raise ImageError("the index's tables disagree about a layer's length")
-        if spans.windows > WINDOWS_PER_GROUP * len(record.window_groups):
+        if spans.windows > WINDOWS_PER_GROUP * len(found.head.windows):
             raise ImageError("the index lacks windows that its spans need")
         remote = (resolved.source, found.windows_digest) if found.windows_digest else None
-        groups = os.path.join(index_directory(self.cache, resolved.manifest_digest), "groups")
-        windows = Windows(record.window_groups, groups, remote)
+        windows = Windows(found.head.windows, found.kept, remote)
         return handle, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s)
+
+    def _cached(self, content_root: str) -> CachedLayer | None:
+        """The layer if it is in the cache and whole: then no table has to be read from the index."""
+        try:
+            return self.cache.open_layer(content_root)
+        except ImageError:
+            return None  # create_layer() sets it aside
 
     async def aclose(self) -> None:
         """Closes the connections of all sources. The last act."""

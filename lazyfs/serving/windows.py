@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import collections
-import logging
-import os
+import contextlib
+from typing import Protocol
 
 import trio
 
@@ -14,23 +14,32 @@ from lazyfs.core.layer.spans import WINDOWS_PER_GROUP
 from lazyfs.errors import ImageError
 from lazyfs.sources.source import Source
 
-log = logging.getLogger("lazyfs.fetch")
-
 _GROUPS_IN_MEMORY = 4
 
 
+class KeptGroups(Protocol):
+    """Groups of windows in the cache, by their place in a blob of the index. Small files: no thread is worth it."""
+
+    def group(self, offset: int, length: int) -> bytes | None:
+        """A group as stored, if it is here."""
+
+    def keep_group(self, offset: int, stored: bytes) -> None:
+        """Files one, if the disk has room."""
+
+
 class Windows:
-    """The windows of one layer, by group, from a file in the cache or by range from the index artifact."""
+    """The windows of one layer, by group, from the cache or by range from the index artifact."""
 
     def __init__(
         self,
         groups: tuple[tuple[int, int], ...],
-        directory: str,
+        kept: KeptGroups,
         remote: tuple[Source, str] | None,
     ) -> None:
+        """`groups`: (offset, length) of each in a blob of the index. `remote`: source and digest of that."""
         self._groups = groups
-        self._directory = directory  # holds one file a group, named by the group's offset in the windows blob
-        self._remote = remote  # source and digest of the windows blob
+        self._kept = kept
+        self._remote = remote
         self._recent: collections.OrderedDict[int, bytes] = collections.OrderedDict()
         self._lock = trio.Lock()
 
@@ -53,31 +62,15 @@ class Windows:
         if group >= len(self._groups):
             raise ImageError("the index lacks a window that a span needs", "index the image again")
         offset, length = self._groups[group]
-        path = os.path.join(self._directory, str(offset))
-        try:
-            return unpack_windows(_read_at_most(path, length + 1))
-        except (OSError, ImageError):  # not fetched yet, or rotten
-            pass
+        kept = self._kept.group(offset, length)
+        if kept is not None:
+            with contextlib.suppress(ImageError):  # rotten
+                return unpack_windows(kept)
         if self._remote is None:
             raise ImageError("the windows of a local index are missing", "index the image again")
         source, digest = self._remote
         stored = await source.blob_range(digest, offset, offset + length)
         raw = unpack_windows(stored)
-        try:
-            _write(path, stored)
-        except OSError as error:
-            log.warning("cannot keep windows in the cache: %s", error)
+        self._kept.keep_group(offset, stored)
         return raw
 
-
-def _read_at_most(path: str, size_bytes: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size_bytes)
-
-
-def _write(path: str, data: bytes) -> None:
-    """A small file (tens of kilobytes, not synced: well below what a thread would cost)."""
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)

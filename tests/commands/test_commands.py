@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from lazyfs.cache.directory import BlockCache
-from lazyfs.core.index.blob import Index, encode_index
-from lazyfs.core.layer.blocks import pack_table
+from lazyfs.core.index.imageindex import ImageIndex, encode_image
 from tests.cache.cachelayers import entry, make_layer
 from tests.indexing.localimages import big_layer, small_layer, write_image
 from tests.layertar import LayerTar
@@ -65,15 +64,15 @@ def test_inspect_tells_a_damaged_index(run: Callable[..., Any], tmp_path: Path) 
     image = write_image(tmp_path / "image", [layer.data()])
     run("index", image)
     assert run("inspect", image, "--json")["index"] == "in the cache"
-    (kept,) = (tmp_path / "store/indexes").glob("*/index")
+    (kept,) = (tmp_path / "store/indexes").glob("*/image-made")
     sound = kept.read_bytes()
-    index = Index(sound)
+    index = ImageIndex(sound)
     namespace = index.namespace()
     at = namespace.rindex(b"file-250")
     assert at >= 4096  # behind what the superblock's checksum covers
     spoiled = namespace[:at] + b"f/le-250" + namespace[at + 8 :]
-    table, spans = pack_table(index.table(0)), index.spans(0)
-    kept.write_bytes(encode_index(index.manifest_digest, spoiled, index.layers, [table], [spans]))
+    heads = {part.index_digest: index.inlined_head(part) or b"" for part in index.parts}
+    kept.write_bytes(encode_image(index.manifest_digest, spoiled, index.parts, heads))
     assert run("inspect", image, "--json")["index"] == "damaged"
     assert "index     damaged (lazyfs index --push" in run("inspect", image).stdout
     for content, state in ((sound[:-1], "damaged"), (b"", "damaged"), (sound, "in the cache")):

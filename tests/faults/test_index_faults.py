@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE
+from lazyfs.core.index.imageindex import ARTIFACT_TYPE, IMAGE_MEDIA_TYPE
 from tests.conftest import Lazyfs
 from tests.faults.conftest import Mount
 from tests.faults.processes import end_daemon
@@ -39,7 +39,7 @@ def _attach(
     """Makes `index` the only one of the image in `repository`."""
     layers = [dict(one) for one in artifact["layers"]]  # type: ignore[attr-defined]
     for one in layers:
-        if one["mediaType"] == INDEX_MEDIA_TYPE:
+        if one["mediaType"] == IMAGE_MEDIA_TYPE:
             one["digest"], one["size"] = registry.put_blob(repository, index), len(index)
         else:
             _, _, blob = registry.request("GET", f"/v2/{world.repository}/blobs/{one['digest']}")
@@ -91,7 +91,7 @@ def test_a_damaged_index_is_passed_over(
         else:
             # Not for ever: the index is forgotten, and a sound one would be found.
             assert mounted.stderr.startswith("lazyfs: "), f"seed {seed}, round {number}: {mounted.stderr}"
-            assert not list(cache.glob("indexes/*/index"))
+            assert not list(cache.glob("indexes/*/image-*"))
         end_daemon(cache)
         lazyfs("cache", "prune", "--cache", cache)
     _attach(world, registry, repository, artifact, sound)

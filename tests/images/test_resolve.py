@@ -10,16 +10,17 @@ import pytest
 import trio
 
 from lazyfs.cache.directory import BlockCache
-from lazyfs.cache.images import index_directory, keep_index
-from lazyfs.core.index.blob import ARTIFACT_TYPE, INDEX_MEDIA_TYPE, WINDOWS_MEDIA_TYPE
+from lazyfs.cache.images import index_directory
+from lazyfs.core.index.imageindex import ARTIFACT_TYPE, IMAGE_MEDIA_TYPE
+from lazyfs.core.index.layerindex import LAYER_MEDIA_TYPE
 from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
 from lazyfs.images.documents import Found, Missing, find_index
 from lazyfs.images.resolve import Resolved, resolve
-from lazyfs.indexing.build import BuiltIndex
-from lazyfs.indexing.publish import attach_index, windows_digest, write_layout
+from lazyfs.indexing.assemble import BuiltIndex
+from lazyfs.indexing.publish import attach_index, push_index, write_layout
 from lazyfs.serving.image import Image
 from lazyfs.sources.access import Access
 from tests.indexing.localimages import (
@@ -108,14 +109,11 @@ async def test_a_damaged_note_or_manifest_is_asked_for_again(store: BlockCache, 
             assert path.read_bytes() == good
 
 
-async def attach(
-    found: Resolved, tables: bytes, windows: bytes | None, media_type: str = INDEX_MEDIA_TYPE
-) -> None:
+async def attach(found: Resolved, image: bytes, *more: bytes, media_type: str = IMAGE_MEDIA_TYPE) -> None:
     source = found.source
     await source.push_blob(b"{}")
-    layers = [Descriptor(media_type, await source.push_blob(tables), len(tables))]
-    if windows is not None:
-        layers.append(Descriptor(WINDOWS_MEDIA_TYPE, await source.push_blob(windows), len(windows)))
+    layers = [Descriptor(media_type, await source.push_blob(image), len(image))]
+    layers += [Descriptor(LAYER_MEDIA_TYPE, await source.push_blob(one), len(one)) for one in more]
     subject = Descriptor(found.manifest.media_type, Digest(found.manifest_digest), len(found.manifest_bytes))
     await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
 
@@ -125,30 +123,29 @@ async def test_bad_indexes_are_passed_over_for_a_good_one(store: BlockCache, tmp
     other = write_image(tmp_path / "other", [small_layer()])
     built, foreign = await build(store, reference), await build(store, other)
     async with resolved(store, reference) as found:
-        await attach(found, b"rubbish", None)
-        await attach(found, foreign.index, None)
-        await attach(found, built.index[:-1], built.windows)
-        await attach(found, built.index, None)  # its windows are missing
-        await attach(found, built.index, built.windows, "application/octet-stream")
-        await attach(found, b"LZFSIDX2" + built.index[8:], built.windows)
+        (layer,) = built.layers.values()
+        await attach(found, b"rubbish")
+        await attach(found, foreign.index)
+        await attach(found, built.index[:-1], layer)
+        await attach(found, built.index, layer, media_type="application/octet-stream")
+        await attach(found, b"LZFSIMG3" + built.index[8:], layer)
         missing = await find_index(store, found)
         assert isinstance(missing, Missing) and missing.manifest_digest == found.manifest_digest
-        assert len(missing.reasons) == 6
-        for reason in ("belongs to another image", "lacks the windows", "no index of a version that lazyfs knows"):
+        assert len(missing.reasons) == 5
+        for reason in ("belongs to another image", "no index of a version that lazyfs knows"):
             assert any(reason in one for one in missing.reasons), missing.reasons
         await attach_index(found.source, found, built)
         index = await find_index(store, found)
         assert isinstance(index, Found) and index.index.manifest_digest == found.manifest_digest
-        assert index.windows_digest == windows_digest(built) and index.artifact_digest
-        # It was kept; rot in it, or in the note about its windows, leads back to the attached one.
-        directory = index_directory(store, found.manifest_digest)
-        assert await trio.Path(directory, "index").read_bytes() == built.index
-        for name in ("index", "windows"):
-            await trio.Path(directory, name).write_bytes(b"")
-            missing = await find_index(store, found, offline=True)
-            assert isinstance(missing, Missing) and "in the cache" in missing.reasons[0]
-            assert isinstance(await find_index(store, found), Found)
-            assert await trio.Path(directory, name).read_bytes()
+        assert index.artifact_digest and [one.windows_digest for one in index.layers.values()] == list(built.layers)
+        # It was kept; rot in it leads back to the attached one.
+        kept = trio.Path(index_directory(store, found.manifest_digest), "image-attached")
+        assert await kept.read_bytes() == built.index
+        await kept.write_bytes(b"")
+        missing = await find_index(store, found, offline=True)
+        assert isinstance(missing, Missing) and "in the cache" in missing.reasons[0]
+        assert isinstance(await find_index(store, found), Found)
+        assert await kept.read_bytes() == built.index
 
 
 async def test_an_index_can_be_written_to_a_layout_of_its_own(store: BlockCache, tmp_path: Path) -> None:
@@ -203,7 +200,7 @@ async def test_a_failed_open_leaves_nothing_open(store: BlockCache, tmp_path: Pa
     reference = write_image(tmp_path / "image", [big_layer()])
     built = await build(store, reference)
     async with resolved(store, reference) as found:
-        keep_index(store, found.manifest_digest, built.index, windows_digest(built))
+        await push_index(store, found, built)
     async with image_store(store) as images:
         before = len(os.listdir("/proc/self/fd"))
         config = json.loads(found.manifest_bytes)["config"]["digest"].removeprefix("sha256:")

@@ -13,11 +13,13 @@ import trio
 from backports import zstd
 
 from lazyfs.cache.directory import BlockCache
-from lazyfs.core.index.blob import Index
+from lazyfs.core.index.imageindex import ImageIndex
+from lazyfs.core.index.layerindex import LayerHead
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.images.documents import load_config
 from lazyfs.images.resolve import Resolved, resolve
-from lazyfs.indexing.build import BuiltIndex, build_index
+from lazyfs.indexing.assemble import BuiltIndex
+from lazyfs.indexing.build import build_index
 from lazyfs.serving.image import Image
 from lazyfs.serving.store import ImageStore
 from lazyfs.sources.access import Access
@@ -97,11 +99,16 @@ async def image_store(cache: BlockCache) -> AsyncIterator[ImageStore]:
             await images.aclose()
 
 
-async def indexed(cache: BlockCache, reference: str, *, fill: bool = False) -> tuple[BuiltIndex, Index]:
+async def indexed(cache: BlockCache, reference: str, *, fill: bool = False) -> tuple[BuiltIndex, ImageIndex]:
     async with resolved(cache, reference) as found:
         config = parse_config(await load_config(cache, found))
         built = await build_index(found, config, cache if fill else None)
-    return built, Index(built.index)
+    return built, ImageIndex(built.index)
+
+
+def layer_heads(built: BuiltIndex) -> list[LayerHead]:
+    """The indexes of all layers, opened."""
+    return [LayerHead(built.layers[part.index_digest]) for part in ImageIndex(built.index).parts]
 
 
 def digest(data: bytes) -> str:

@@ -16,9 +16,8 @@ import pytest
 import trio
 
 from lazyfs.cache.directory import BlockCache
-from lazyfs.cache.images import keep_index
 from lazyfs.core.erofs.reader import ErofsReader
-from lazyfs.core.index.blob import Index
+from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import Compression, SpanTable
 from lazyfs.core.oci.documents import parse_config
@@ -26,7 +25,7 @@ from lazyfs.core.tar.reader import Kind
 from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.images.documents import load_config
 from lazyfs.indexing.build import build_index
-from lazyfs.indexing.publish import windows_digest
+from lazyfs.indexing.publish import push_index
 from lazyfs.serving.image import Image
 from lazyfs.sources.source import Source
 from tests.indexing import localimages
@@ -35,6 +34,7 @@ from tests.indexing.localimages import (
     empty_layer,
     image_store,
     indexed,
+    layer_heads,
     noise,
     small_layer,
     write_image,
@@ -106,8 +106,7 @@ async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
     del expected["/data/2"], expected["/data/.wh.2"]
 
     async with localimages.resolved(store, reference) as found:
-        keep_index(store, found.manifest_digest, built.index, windows_digest(built))
-        await found.source.push_blob(built.windows)
+        await push_index(store, found, built)
     async with image_store(store) as images:
         image = await localimages.opened(images, reference)
         assert await read_files(image) == expected
@@ -154,7 +153,8 @@ async def test_the_index_does_not_depend_on_how_the_network_cuts_a_layer(
     reference = write_image(tmp_path / "image", [big_layer()], compression)
     built, index = await indexed(store, reference)
     record = index.layers[0]
-    spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, index.spans(0))
+    (head,) = layer_heads(built)
+    spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, head.spans())
     assert record.compression is not Compression.GZIP or spans.windows > 1
     async with localimages.resolved(store, reference) as found:
         config = parse_config(await load_config(store, found))
@@ -169,8 +169,8 @@ async def test_block_tables_point_to_the_data_in_the_tar(
     store: BlockCache, tmp_path: Path, compression: str
 ) -> None:
     layer = big_layer()
-    _, index = await indexed(store, write_image(tmp_path / "image", [layer], compression))
-    table = BlockTable(index.table(0))
+    built, _ = await indexed(store, write_image(tmp_path / "image", [layer], compression))
+    table = BlockTable(layer_heads(built)[0].table())
     assert table.tar_bytes == len(layer)
     for block in range(table.count):
         start = table.tar_offsets[block]
@@ -181,8 +181,8 @@ async def test_block_tables_point_to_the_data_in_the_tar(
 @pytest.mark.parametrize("form", ["--format=gnu", "--format=posix", "--format=posix --sparse-version=0.1"])
 async def test_sparse_files_keep_their_holes(store: BlockCache, tmp_path: Path, form: str) -> None:
     reference = write_image(tmp_path / "image", [localimages.sparse_layer(tmp_path / "made", form)])
-    _, index = await indexed(store, reference, fill=True)
-    table = BlockTable(index.table(0))
+    built, index = await indexed(store, reference, fill=True)
+    table = BlockTable(layer_heads(built)[0].table())
     assert sum(table.lengths) < 1_000_000
     reader = ErofsReader(index.namespace())
     files = tree(reader)
@@ -204,7 +204,7 @@ async def test_a_layer_that_occurs_twice_is_read_once(store: BlockCache, tmp_pat
         found.source.counters.requests = 0
         built = await build_index(found, config, None)
         assert found.source.counters.requests == 2
-    index = Index(built.index)
+    index = ImageIndex(built.index)
     assert len(index.layers) == 3
     assert len(ErofsReader(index.namespace()).devices) == 1
 
@@ -212,9 +212,9 @@ async def test_a_layer_that_occurs_twice_is_read_once(store: BlockCache, tmp_pat
 async def test_an_image_of_nothing_but_empty_layers_or_none(store: BlockCache, tmp_path: Path) -> None:
     directories = LayerTar().dir("only").dir("only/directories").data()
     for number, layers in enumerate(([], [empty_layer()], [directories])):
-        _, index = await indexed(store, write_image(tmp_path / f"image{number}", layers), fill=True)
+        built, index = await indexed(store, write_image(tmp_path / f"image{number}", layers), fill=True)
         assert ErofsReader(index.namespace()).devices == ()
-        assert [BlockTable(index.table(n)).count for n in range(len(layers))] == [0] * len(layers)
+        assert [BlockTable(head.table()).count for head in layer_heads(built)] == [0] * len(layers)
 
 
 def spoil_config(path: Path, change: Any) -> str:

@@ -11,9 +11,10 @@ from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.evict import collect, entries
 from lazyfs.cache.images import has_index
 from lazyfs.core.oci.documents import parse_config
-from lazyfs.errors import ImageError
+from lazyfs.errors import HostError, ImageError
 from lazyfs.images.documents import load_config
-from lazyfs.indexing.build import BuiltIndex, build_index
+from lazyfs.indexing.assemble import BuiltIndex
+from lazyfs.indexing.build import build_index
 from lazyfs.indexing.small import make_small_index
 from tests.indexing import localimages
 from tests.indexing.localimages import big_layer, empty_layer, small_layer, write_image
@@ -41,7 +42,7 @@ def _sum(sizes: list[int], chosen: int) -> int:
 
 
 def kept(store: BlockCache) -> list[Path]:
-    return sorted(Path(store.path, "scans").glob("*/scan"))
+    return sorted(Path(store.path, "scans").glob("*/*/layer"))
 
 
 async def test_only_new_layers_are_read(store: BlockCache, tmp_path: Path) -> None:
@@ -106,11 +107,12 @@ async def test_a_layer_of_another_size_is_read(store: BlockCache, tmp_path: Path
             await build_index(found, config, None, scans=store)
 
 
-async def test_a_scan_that_cannot_be_kept_is_no_error(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_scan_that_cannot_be_kept_is_an_error_of_this_host(store: BlockCache, tmp_path: Path) -> None:
+    """Whoever mounts the image takes the windows from there."""
     os.rmdir(os.path.join(store.path, "scans"))
     os.symlink("nowhere", os.path.join(store.path, "scans"))
-    built, _ = await build(store, write_image(tmp_path / "image", [small_layer()]), store)
-    assert built.index
+    with pytest.raises(HostError):
+        await build(store, write_image(tmp_path / "image", [small_layer()]), store)
 
 
 async def test_scans_are_listed_and_pruned(store: BlockCache, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import trio.lowlevel
 from backports import zstd
 
 from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.images import WindowGroups
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.layer.spans import Compression, Point, SpanTable, encode_points
 from lazyfs.decoding.layers import layer_inflater
@@ -150,7 +151,7 @@ class Rig:
         kept, fetcher = source.stored, self.handle.fetcher
         directory = os.path.join(self.handle.layer.path, str(len(self.sources)))
         os.mkdir(directory)
-        windows = Windows(kept.groups, directory, (cast(Source, source), "windows"))
+        windows = Windows(kept.groups, WindowGroups(directory), (cast(Source, source), "windows"))
         blob = Blob(cast(Source, source), digest, spans or kept.spans, windows, timeout_s)
         self.sources.append(SpanSource(blob, fetcher.fragments, trio.CapacityLimiter(2), fetcher.sources))
         self.dispatchers.append(Dispatcher(self.nursery))

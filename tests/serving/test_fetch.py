@@ -17,6 +17,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lazyfs.cache.images import WindowGroups
 from lazyfs.core.layer.plan import spans_for_block
 from lazyfs.core.layer.spans import Compression, SpanTable, encode_points
 from lazyfs.decoding.span import SpanDecoder
@@ -210,16 +211,16 @@ async def test_damaged_windows_in_the_cache_are_fetched_again(tmp_path: Path) ->
     source = FakeSource(kept)
     if not kept.groups:
         raise AssertionError("the layer needs windows for this test")
-    windows = Windows(kept.groups, str(tmp_path), (cast(Source, source), "windows"))
+    windows = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
     first = await windows.get(0)
     (tmp_path / "0").write_bytes(b"rotten")
-    fresh = Windows(kept.groups, str(tmp_path), (cast(Source, source), "windows"))
+    fresh = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
     assert await fresh.get(0) == first
-    assert await Windows(kept.groups, str(tmp_path), None).get(0) == first  # it was put right on disk
+    assert await Windows(kept.groups, WindowGroups(str(tmp_path)), None).get(0) == first  # it was put right on disk
     with pytest.raises(ImageError):
         await fresh.get(10_000)
     with pytest.raises(ImageError):
-        await Windows(kept.groups, str(tmp_path / "none"), None).get(0)
+        await Windows(kept.groups, WindowGroups(str(tmp_path / "none")), None).get(0)
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))

@@ -83,7 +83,7 @@ def test_a_small_blob_that_holds_much_is_read_by_the_command(machine: Host, push
 def test_a_large_layer_whose_scan_is_damaged_is_read_by_the_command(machine: Host, pushed: Push) -> None:
     base = LayerTar().file("zeros", bytes(48 << 20))
     assert mount(machine, pushed("v1", base))[1]
-    (scan,) = (machine.cache / "scans").glob("*/scan")
+    (scan,) = (machine.cache / "scans").glob("*/*/layer")
     scan.write_bytes(b"")
     target, said = mount(machine, pushed("v2", base, LayerTar().file("added", b"data")))
     assert said

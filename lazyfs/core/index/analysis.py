@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from lazyfs.core.erofs.reader import ErofsReader, Inode
-from lazyfs.core.index.blob import Index
+from lazyfs.core.index.record import LayerRecord
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.tar.reader import Kind
 
@@ -37,17 +37,22 @@ Present = Callable[[str, BlockTable], Sequence[int]]
 """Content root and table of a layer -> for each block, whether the cache has it."""
 
 
-def analyse(index: Index, present: Present, elsewhere: Container[bytes]) -> ImageAnalysis:
-    """`elsewhere`: sha256 of the blocks that the cache has of layers of other images. Raises ImageError.
+def analyse(
+    reader: ErofsReader,
+    layers: Sequence[tuple[LayerRecord, BlockTable]],
+    present: Present,
+    elsewhere: Container[bytes],
+) -> ImageAnalysis:
+    """`reader`: of the image's namespace.
+
+    `elsewhere`: sha256 of the blocks that the cache has of layers of other images. Raises ImageError.
 
     A layer that occurs twice counts at its first place; at the others it adds nothing.
     """
-    reader = ErofsReader(index.namespace())
     visible = _visible(reader)
-    layers = []
+    found = []
     seen: set[str] = set()
-    for number, record in enumerate(index.layers):
-        table = BlockTable(index.table(number))
+    for number, (record, table) in enumerate(layers):
         here = elsewhere_bytes = data_bytes = files = shown = 0
         if record.content_root not in seen:
             seen.add(record.content_root)
@@ -59,12 +64,12 @@ def analyse(index: Index, present: Present, elsewhere: Container[bytes]) -> Imag
                     here += length
                 elif table.digest(block) in elsewhere:
                     elsewhere_bytes += length
-        layers.append(
+        found.append(
             LayerAnalysis(
                 number + 1, record.blob_digest, record.blob_bytes, data_bytes, files, shown, here, elsewhere_bytes
             )
         )
-    return ImageAnalysis(reader.inode_count, tuple(layers))
+    return ImageAnalysis(reader.inode_count, tuple(found))
 
 
 def _visible(reader: ErofsReader) -> dict[str, tuple[int, int]]:

@@ -20,18 +20,13 @@ class LayerDevice(NamedTuple):
 
 def write_namespace(root: Node, layers: Sequence[LayerDevice]) -> bytes:
     """The namespace of a tree; `Node.layer` indexes `layers`. The device table holds those that a file lies in, in the
-    order of the layers, equal ones once. ImageError as of write_erofs().
+    order of the layers, equal ones once, at the place of the first. ImageError as of write_erofs().
     """
-    used = _layers_of(root)
-    devices: dict[str, int] = {}
-    numbers = []
-    for number, layer in enumerate(layers):
-        if number in used:
-            devices.setdefault(layer.content_root, len(devices))
-        numbers.append(devices.get(layer.content_root, -1))
-    sizes = {layer.content_root: layer.device_bytes for layer in layers}
-    table = [Device(content_root.encode(), sizes[content_root]) for content_root in devices]
-    return write_erofs(root, table, numbers=numbers)
+    used = {layers[number].content_root for number in _layers_of(root) if number >= 0}
+    sizes = {layer.content_root: layer.device_bytes for layer in layers if layer.content_root in used}
+    table = [Device(content_root.encode(), size_bytes) for content_root, size_bytes in sizes.items()]
+    places = {content_root: number for number, content_root in enumerate(sizes)}
+    return write_erofs(root, table, numbers=[places.get(layer.content_root, -1) for layer in layers])
 
 
 def read_tree(reader: ErofsReader, content_roots: Sequence[str]) -> Node:

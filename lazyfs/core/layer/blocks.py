@@ -28,13 +28,14 @@ import struct
 import sys
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from mmap import mmap
 
 from lazyfs.errors import ImageError
 
 PAGE_BYTES = 4096
+TAR_BLOCK_BYTES = 512
 # Each block has one sha256, one presence mark and one table record. Larger blocks make the table smaller; smaller ones
 # make a cold 4 KiB read of a large file verify less. Most files are smaller than one block.
 BLOCK_BYTES = 256 * 1024
@@ -46,6 +47,7 @@ MAX_TAR_BYTES = 1 << 50
 _HEADER = struct.Struct("<8sQQQ")
 _MAGIC = b"LZFSBT01"
 _RECORD_BYTES = 8 + 8 + 4 + 32
+_MASK = (1 << 64) - 1
 
 if sys.byteorder != "little":  # pragma: no cover - the columns are used in place, as little-endian numbers
     raise ImportError("lazyfs needs a little-endian machine")
@@ -167,18 +169,18 @@ class BlockTableBuilder:
 
 
 def pack_table(table: bytes) -> bytes:
-    """The table in a form that compresses well: each address and offset becomes the gap behind the block before.
+    """The table in a form that compresses well; `unpack_table` gives the same bytes back.
 
-    Except in sparse files a gap is below 4 KiB, so these columns become small repeating numbers; only the hashes keep
-    their size. `unpack_table` gives the same bytes back.
+    A block mostly begins where the one before it suggests: in the device at the next page, in the tar at the next
+    block of 512 bytes, or a header behind that. What is left when this is taken off are a few different numbers. Only
+    the hashes stay as large as they are.
     """
     opened = BlockTable(table)
-    gaps = [_gaps(starts, opened.lengths) for starts in (opened.addresses, opened.tar_offsets)]
+    columns = ((opened.addresses, PAGE_BYTES), (opened.tar_offsets, TAR_BLOCK_BYTES))
     return b"".join(
         (
             table[: _HEADER.size],
-            gaps[0].tobytes(),
-            gaps[1].tobytes(),
+            *(_residuals(starts, opened.lengths, unit).tobytes() for starts, unit in columns),
             table[_HEADER.size + 16 * opened.count :],
         )
     )
@@ -194,25 +196,26 @@ def unpack_table(packed: bytes) -> bytes:
     view = memoryview(packed)
     at = _HEADER.size
     lengths = view[at + 16 * count : at + 20 * count].cast("I")
-    starts = [_starts(view[at + k * count : at + (k + 8) * count].cast("Q"), lengths) for k in (0, 8)]
-    return b"".join((view[:at], starts[0].tobytes(), starts[1].tobytes(), view[at + 16 * count :]))
+    addresses = _starts(view[at : at + 8 * count].cast("Q"), lengths, PAGE_BYTES)
+    tar_offsets = _starts(view[at + 8 * count : at + 16 * count].cast("Q"), lengths, TAR_BLOCK_BYTES)
+    return b"".join((view[:at], addresses.tobytes(), tar_offsets.tobytes(), view[at + 16 * count :]))
 
 
-def _gaps(starts: Sequence[int], lengths: Sequence[int]) -> array[int]:
-    ends = map(operator.add, starts, lengths)
-    return array("Q", map(operator.sub, starts, _after(ends)))
+def _residuals(starts: Sequence[int], lengths: Sequence[int], unit: int) -> array[int]:
+    """How far behind the next multiple of `unit` after the block before it each block begins, modulo 2^64."""
+    residuals = array("Q")
+    end = 0
+    for start, length in zip(starts, lengths, strict=True):
+        residuals.append(start - end - -end % unit & _MASK)
+        end = start + length
+    return residuals
 
 
-def _after(ends: Iterable[int]) -> Iterable[int]:
-    yield 0
-    yield from ends
-
-
-def _starts(gaps: Sequence[int], lengths: Sequence[int]) -> array[int]:
+def _starts(residuals: Sequence[int], lengths: Sequence[int], unit: int) -> array[int]:
     starts = array("Q")
     end = 0
-    for gap, length in zip(gaps, lengths, strict=True):
-        start = end + gap
+    for residual, length in zip(residuals, lengths, strict=True):
+        start = end + -end % unit + residual & _MASK
         if start > MAX_TAR_BYTES:
             raise ImageError("block table has a block outside the layer")
         starts.append(start)

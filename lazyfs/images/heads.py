@@ -1,0 +1,76 @@
+"""The heads of layer indexes: what a mount reads of each, from the image's index, the cache or the registry."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable
+
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.scans import KeptLayerIndex
+from lazyfs.core.index.imageindex import MAX_HEADS_BYTES, ImageIndex, LayerPart
+from lazyfs.core.index.layerindex import LayerHead
+from lazyfs.errors import ImageError
+from lazyfs.sources.source import Source
+from lazyfs.tasks import together
+
+_AT_ONCE = 8
+
+
+class Heads:
+    """Those of one image's index. `source`: where what is not here is fetched from; None: from nowhere."""
+
+    def __init__(self, cache: BlockCache, index: ImageIndex, source: Source | None) -> None:
+        self._cache = cache
+        self._index = index
+        self._source = source
+        self._found: dict[int, tuple[LayerHead, KeptLayerIndex]] = {}
+
+    async def get(self, numbers: Iterable[int]) -> dict[int, tuple[LayerHead, KeptLayerIndex]]:
+        """Of these layers, those that have to be fetched all at once; and what else is kept of each layer's index.
+
+        Raises ImageError if one is damaged or not here; RemoteError, NotFound: cannot be fetched. HostError: disk.
+        """
+        wanted = list(numbers)
+        if sum(self._index.parts[number].head_bytes for number in wanted) > MAX_HEADS_BYTES:
+            raise ImageError(f"the tables of its layers are larger than {MAX_HEADS_BYTES >> 20} MiB")
+        lacking = [number for number in wanted if not self._take_local(number)]
+        await together(*(functools.partial(self._fetch, number) for number in lacking), at_most=_AT_ONCE)
+        return {number: self._found[number] for number in wanted}
+
+    def _take_local(self, number: int) -> bool:
+        part = self._index.parts[number]
+        kept = KeptLayerIndex(self._cache, part.record.blob_digest, part.index_digest)
+        blob = kept.head(part.head_bytes)
+        try:
+            if blob is None:
+                blob = self._index.inlined_head(part)
+                check = True
+            else:
+                # Where the layer itself is in the cache, no table is read from here.
+                check = not self._cache.has_layer(part.record.content_root)
+            if blob is None:
+                return False
+            self._found[number] = opened_head(part, blob, check=check), kept
+        except ImageError:
+            return False
+        return True
+
+    async def _fetch(self, number: int) -> None:
+        part = self._index.parts[number]
+        if self._source is None:
+            raise ImageError("tables of its layers are not in the cache")
+        blob = await self._source.blob_range(part.index_digest, 0, part.head_bytes)
+        kept = KeptLayerIndex(self._cache, part.record.blob_digest, part.index_digest)
+        self._found[number] = opened_head(part, blob), kept
+        kept.keep_head(blob)
+
+
+def opened_head(part: LayerPart, blob: bytes, *, check: bool = True) -> LayerHead:
+    """The head, if it is the one that the image's index names; ImageError else. `check`: its sha256, too."""
+    if len(blob) != part.head_bytes or (check and hashlib.sha256(blob).hexdigest() != part.head_sha256):
+        raise ImageError("the tables of a layer do not have the digest the index gives")
+    head = LayerHead(blob)
+    if head.record != part.record or head.head_bytes != part.head_bytes or head.whole_bytes != part.index_bytes:
+        raise ImageError("the tables of a layer are of another layer than the index says")
+    return head

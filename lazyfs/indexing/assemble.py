@@ -1,0 +1,98 @@
+"""The indexes of layers to the index of an image.
+
+The tree of lower layers is taken from where it was kept, if it was: what is written then is only the new one. It is
+kept of whole images, and of the layers that were known when an image was indexed: those that will be below the next
+one, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.scans import MadeLayer, keep_chain, load_chain
+from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.index.imageindex import INLINE_BYTES, encode_image
+from lazyfs.core.index.namespace import LayerDevice, read_tree, write_namespace
+from lazyfs.core.oci.digests import Digest
+from lazyfs.core.oci.documents import Descriptor
+from lazyfs.core.tar.tree import LayerEntry, Node, extend, flatten
+from lazyfs.errors import ImageError
+from lazyfs.images.resolve import Resolved
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIndex:
+    """An index: that of the image, and those of its distinct layers by digest, the lowest first."""
+
+    index: bytes
+    layers: Mapping[Digest, bytes]
+    tar_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all blobs."""
+        return len(self.index) + sum(map(len, self.layers.values()))
+
+
+def assemble(
+    resolved: Resolved,
+    made: Sequence[MadeLayer],
+    entries: Mapping[str, list[LayerEntry]],
+    scans: BlockCache | None,
+) -> BuiltIndex:
+    """The index of an image whose layers have these indexes. `entries`: by digest of a layer's blob, of layers that
+    were read just now. `scans`: where trees are kept. Raises ImageError.
+    """
+    layers = resolved.manifest.layers
+    parts = [one.part for one in made]
+    devices = [LayerDevice(part.record.content_root, part.record.device_bytes) for part in parts]
+    small = [one for one in made if one.part.head_bytes <= INLINE_BYTES]
+    heads = {one.part.index_digest: one.head_blob for one in small}
+    known = _known(layers, entries)
+
+    def grown(base: Node, start: int, end: int) -> Node:
+        missing = [entries.get(layers[n].digest) or made[n].head.entries() for n in range(start, end)]
+        return extend(base, missing, start)
+
+    tree, height = _kept_tree(scans, layers, made)
+    if scans is not None and height < known:
+        tree, height = grown(tree, height, known), known
+        try:
+            namespace = write_namespace(tree, devices[:known])
+            keep_chain(scans, layers[:known], encode_image("", namespace, parts[:known], heads))
+        except ImageError:
+            pass  # what these layers have alone cannot be written: the next ones may replace it
+    tree = grown(tree, height, len(layers))
+    namespace = write_namespace(tree, devices)
+    index = encode_image(resolved.manifest_digest, namespace, parts, heads)
+    if scans is not None and layers:
+        keep_chain(scans, layers, index)
+    blobs = {one.part.index_digest: one.blob for one in made}
+    return BuiltIndex(index, blobs, sum(part.record.tar_bytes for part in parts))
+
+
+def _known(layers: Sequence[Descriptor], entries: Mapping[str, list[LayerEntry]]) -> int:
+    """How many of the lowest layers will stay when the image is changed again: those that were not read just now; of
+    an image that is new as a whole, all but the last."""
+    known = next((n for n, layer in enumerate(layers) if layer.digest in entries), len(layers))
+    return known or max(0, len(layers) - 1)
+
+
+def _kept_tree(
+    scans: BlockCache | None, layers: Sequence[Descriptor], made: Sequence[MadeLayer]
+) -> tuple[Node, int]:
+    """The tree of as many of the lowest layers as one is kept of, and how many they are."""
+    parts = [one.part for one in made]
+    for height in range(len(layers), 0, -1) if scans is not None else ():
+        assert scans is not None
+        kept = load_chain(scans, layers[:height])
+        # Of these very indexes: what was made otherwise, by another version, is not mixed with this.
+        if kept is not None and list(kept.parts) == parts[:height]:
+            try:
+                content_roots = [part.record.content_root for part in kept.parts]
+                return read_tree(ErofsReader(kept.namespace()), content_roots), height
+            except ImageError:
+                continue
+    return flatten([]), 0
