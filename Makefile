@@ -3,7 +3,7 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PACKAGE := $(shell find lazyfs -name '*.py' -o -name py.typed)
+PACKAGE := $(shell find lazyfs -name '*.py' -o -name py.typed) $(wildcard scripts/*)
 ARGS ?=
 
 .DEFAULT_GOAL := help

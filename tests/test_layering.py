@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lazyfs"
 
 # From the bottom up; the rooms of one line do not know each other. DESIGN.md, "Rooms", quotes this.
 ROOMS = """
-errors
+errors records
 core system
 tasks
 sources cache decoding fuse
@@ -85,7 +85,7 @@ def ours(path: Path) -> set[str]:
 
 def test_every_module_lies_in_a_room() -> None:
     assert {room(name) for name in MODULES} == set(LEVEL)
-    assert {name for name in MODULES if "." not in name} == {"errors", "tasks"}
+    assert {name for name in MODULES if "." not in name} == {"errors", "records", "tasks"}
     assert all((path.parent / "__init__.py").read_text() == "" for path in MODULES.values())
 
 
@@ -176,9 +176,10 @@ def test_the_client_loads_this_and_no_more() -> None:
     """What `lazyfs mount` needs until it talks to the daemon."""
     assert loaded_by("import lazyfs.commands.mounthelper") == set(
         """
-        errors commands.mounthelper cache.places control.client control.messages control.rundir
-        mounting.attach mounting.fuseroot mounting.job mounting.kernelroot mounting.launch mounting.mount
-        mounting.options mounting.target sources.access system.host system.private system.process system.sockets
+        errors records commands.end commands.mounthelper cache.places control.client control.messages control.rundir
+        mounting.acquire mounting.attach mounting.launch mounting.lease mounting.mount mounting.options mounting.target
+        sources.access system.devices system.host system.lightjson system.private system.process system.sockets
+        system.startup
         """.split()  # noqa: SIM905 -- easier to read
     )
 

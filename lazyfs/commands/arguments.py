@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 from lazyfs.errors import UserError
+from lazyfs.mounting.options import help_text
 
 _SIZES = {
     "": 1,
@@ -20,24 +21,6 @@ _SIZES = {
     "gi": 2**30,
     "ti": 2**40,
 }
-
-MOUNT_OPTIONS = """mount options (-o, separated by commas; a value with a comma goes in double quotes):
-  ro, rw                 read-only (default); or writable, by an overlay whose upper directory is thrown
-                         away at the end
-  upperdir=, workdir=    keep what is written there (with rw; both on one file system)
-  ephemeral              rw without upperdir=, by a name that also mount(8) and fstab pass on
-  backend=               auto (default), kernel (EROFS; root, Linux 6.12) or fuse (also without root)
-  offline                ask no registry: what is cached must do
-  cache=DIR              the block cache (root: /var/cache/lazyfs, others: ~/.cache/lazyfs)
-  timeout=SECONDS        the longest a read waits before it fails with EIO (30)
-  platform=OS/ARCH[/VARIANT]
-  authfile=FILE          credentials, in place of those of docker and podman
-  ca=FILE                a further certificate authority (PEM); may be repeated
-  insecure               plain HTTP, or certificates that do not verify
-  dev, suid, noexec      device files and set-id bits count (root; off by default); nothing can be executed
-  allow_other            fuse without root: other users may enter (user_allow_other in /etc/fuse.conf)
-  foreground             stay until unmounted; Ctrl-C unmounts
-"""
 
 _IMAGE = "image: NAME[:TAG][@DIGEST], oci:DIR[:TAG], oci+https://HOST/PATH[:TAG]"
 
@@ -152,7 +135,7 @@ def _mount(add: _Add) -> None:
         "  lazyfs mount -o backend=fuse oci:layout:app ~/root\n"
         "  mount -t lazyfs debian:12 /mnt -o ephemeral\n"
         "  fstab: debian:12 /mnt lazyfs _netdev,nofail,x-systemd.automount 0 0\n\n",
-        more=MOUNT_OPTIONS,
+        more=help_text(),
         description="Mounts an image's root file system, and returns when it is usable.",
     )
     mount.add_argument("image", metavar="IMAGE", help=_IMAGE)
@@ -181,7 +164,7 @@ def _bundle(add: _Add) -> None:
         "bundle",
         "make a runc bundle of an image",
         "  lazyfs bundle debian:12 /srv/bundle && runc run --bundle /srv/bundle c1\n\n",
-        more=MOUNT_OPTIONS,
+        more=help_text(),
     )
     add_bundle_arguments(bundle)
 
@@ -196,7 +179,7 @@ def _run(add: _Add) -> None:
         "  lazyfs run --rm -v /data:/data:ro -e LANG=C python:3 python3 /data/x.py\n\n",
         description="Mounts the image, makes a bundle, runs it by runc and cleans up. Ends with the exit\n"
         "code of the container's command.",
-        more=MOUNT_OPTIONS,
+        more=help_text(),
     )
     add_run_arguments(run)
 

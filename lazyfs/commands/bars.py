@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
 
 from lazyfs.commands.report import human_bytes
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import TextIO
+
     from rich.progress import Progress, TaskID
 
     from lazyfs.indexing.build import LayerProgress

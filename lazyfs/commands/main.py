@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from lazyfs.errors import HostError, LazyfsError, UserError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    pass
+    import argparse
+    from collections.abc import Callable, Sequence
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say
 EXIT_BUG = 4  # mount(8): "internal mount bug"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def program() -> None:
+    """The command `lazyfs`: its words are this process's, which ends here."""
+    from lazyfs.commands.end import end
+    from lazyfs.system import startup
+
+    startup.command()
+    end(main(sys.argv[1:]))
+
+
+def main(words: Sequence[str]) -> int:
     """Runs one command and returns its exit code; every failure is one line on standard error."""
-    if arguments is None:  # as a program, not from one
-        from lazyfs.system import startup  # noqa: F401
     try:
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        return _dispatch(list(words))
     except LazyfsError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -50,21 +56,16 @@ def _fail(text: str, code: int) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    from lazyfs.commands.arguments import parser
+    from lazyfs.commands import usual
 
-    command: list[str] = []
-    if words[:1] == ["analyze"] and "--" in words:
-        cut = words.index("--")
-        words, command = words[:cut], words[cut + 1 :]
-    top = parser(words)
-    args = top.parse_args(words)
-    if args.subcommand == "analyze":
-        args.command = command
+    args = usual.parse(words) or _parsed(words)
     if args.version:
         print(f"lazyfs {_version()}")
         return 0
     if args.subcommand is None:
-        top.print_help()
+        from lazyfs.commands.arguments import parser
+
+        parser().print_help()
         return 1
     if hasattr(args, "option_texts"):
         from lazyfs.mounting.options import parse
@@ -73,6 +74,19 @@ def _dispatch(words: list[str]) -> int:
     code = _COMMANDS[args.subcommand](args)
     sys.stdout.flush()  # here, so that a closed pipe is noticed inside main()
     return code
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    from lazyfs.commands.arguments import parser
+
+    command: list[str] = []
+    if words[:1] == ["analyze"] and "--" in words:
+        cut = words.index("--")
+        words, command = words[:cut], words[cut + 1 :]
+    args = parser(words).parse_args(words)
+    if args.subcommand == "analyze":
+        args.command = command
+    return args
 
 
 def _version() -> str:
@@ -187,4 +201,4 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from lazyfs.mounting.job import Mounted
+    import argparse
+    from collections.abc import Callable
+
+    from lazyfs.mounting.attach import Mounted
 
 
 def mount(args: argparse.Namespace) -> int:
@@ -24,21 +25,25 @@ def mount(args: argparse.Namespace) -> int:
 def _mount_once(
     args: argparse.Namespace, on_attached: Callable[[Mounted], None] | None = None
 ) -> Mounted:
+    from lazyfs.mounting import mount
+    from lazyfs.mounting.lease import Reporter
+
+    # Without -v, a terminal still shows what takes time; a script sees nothing but errors.
+    if not args.verbose and not sys.stderr.isatty():
+        return mount.mount(
+            args.image, args.target, args.options, push_index=args.push_index, on_attached=on_attached
+        )
     from lazyfs.commands.bars import layer_bars
     from lazyfs.commands.report import ProgressLine
-    from lazyfs.mounting import mount
 
     progress = ProgressLine(sys.stderr)
-    # Without -v, a terminal still shows what takes time; a script sees nothing but errors.
-    show = progress if args.verbose or sys.stderr.isatty() else None
     try:
         mounted = mount.mount(
             args.image,
             args.target,
             args.options,
             push_index=args.push_index,
-            on_progress=show,
-            bars=layer_bars if show else None,
+            reporter=Reporter(progress, layer_bars),
             on_attached=on_attached,
         )
     finally:

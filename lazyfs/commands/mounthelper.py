@@ -13,11 +13,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+from lazyfs.commands.end import end
 from lazyfs.errors import LazyfsError, UserError
-from lazyfs.mounting import job, mount, options, target
+from lazyfs.mounting import mount, options, target
+from lazyfs.mounting.lease import Reporter
+from lazyfs.records import NamedTuple
+from lazyfs.system import startup
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lazyfs.mounting.attach import Mounted
 
 USAGE = "mount.lazyfs IMAGE DIRECTORY [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]"
 
@@ -34,17 +42,28 @@ class Invocation(NamedTuple):
 def parse(arguments: Sequence[str], program: str = "mount.lazyfs") -> Invocation:
     """The helper's command line, by hand: argparse would refuse values that begin with "-". Options may stand
     anywhere. Raises UserError."""
+    words, flags, values = _split(list(arguments))
+    if len(words) != 2:
+        raise UserError("an image and a directory are needed", USAGE)
+    kinds = (*values["t"][-1:], os.path.basename(program).removeprefix("mount."))
+    base = options.MountOptions(backend="fuse" if "fuse.lazyfs" in kinds else "auto")
+    parsed = options.parse(values["o"], base, sloppy="s" in flags)
+    if parsed.writable and parsed.upperdir is None and not parsed.ephemeral:
+        # mount(8) says `rw` whether or not the user did, and our default is read-only.
+        parsed = parsed._replace(writable=False)
+    namespace = values["N"][-1] if values["N"] else None
+    return Invocation(words[0], words[1], parsed, "f" in flags, "v" in flags, namespace)
+
+
+def _split(rest: list[str]) -> tuple[list[str], set[str], dict[str, list[str]]]:
+    """Words, flags, and the values of the options that have one."""
     words: list[str] = []
-    texts: list[str] = []
     flags: set[str] = set()
-    namespace = None
-    kind = ""
-    rest = list(arguments)
+    values: dict[str, list[str]] = {"o": [], "N": [], "t": []}
     while rest:
         word = rest.pop(0)
         if word == "--":
-            words += rest
-            break
+            return words + rest, flags, values
         if not word.startswith("-") or word == "-":
             words.append(word)
             continue
@@ -53,35 +72,14 @@ def parse(arguments: Sequence[str], program: str = "mount.lazyfs") -> Invocation
             letter, letters = letters[0], letters[1:]
             if letter in "sfnv":
                 flags.add(letter)
-            elif letter in "oNt":
-                if not letters and not rest:
-                    raise UserError(f"option -{letter} needs a value", USAGE)
-                value = letters or rest.pop(0)
-                letters = ""
-                if letter == "o":
-                    texts.append(value)
-                elif letter == "N":
-                    namespace = value
-                else:
-                    kind = value
-            else:
+            elif letter not in values:
                 raise UserError(f"unknown option -{letter}", USAGE)
-    if len(words) != 2:
-        raise UserError("an image and a directory are needed", USAGE)
-    by_fuse = "fuse.lazyfs" in (kind, os.path.basename(program).removeprefix("mount."))
-    base = options.MountOptions(backend="fuse" if by_fuse else "auto")
-    parsed = options.parse(texts, base, sloppy="s" in flags)
-    if parsed.writable and parsed.upperdir is None and not parsed.ephemeral:
-        # mount(8) says `rw` whether or not the user did, and our default is read-only.
-        parsed = parsed._replace(writable=False)
-    return Invocation(
-        words[0],
-        words[1],
-        parsed,
-        "f" in flags,
-        "v" in flags,
-        namespace,
-    )
+            elif not letters and not rest:
+                raise UserError(f"option -{letter} needs a value", USAGE)
+            else:
+                values[letter].append(letters or rest.pop(0))
+                letters = ""
+    return words, flags, values
 
 
 def run(arguments: Sequence[str], program: str = "mount.lazyfs") -> int:
@@ -112,18 +110,18 @@ def run(arguments: Sequence[str], program: str = "mount.lazyfs") -> int:
         return 2
 
 
-def _mount(
-    invocation: Invocation, on_attached: Callable[[job.Mounted], None] | None = None
-) -> job.Mounted:
-    from lazyfs.commands.bars import layer_bars
+def _mount(invocation: Invocation, on_attached: Callable[[Mounted], None] | None = None) -> Mounted:
+    reporter = Reporter()
+    if invocation.verbose:
+        from lazyfs.commands.bars import layer_bars
 
+        reporter = Reporter(_say, layer_bars)
     mounted = mount.mount(
         invocation.image,
         invocation.target,
         invocation.options,
         namespace=invocation.namespace,
-        on_progress=_say if invocation.verbose else None,
-        bars=layer_bars if invocation.verbose else None,
+        reporter=reporter,
         on_attached=on_attached,
     )
     if invocation.verbose:
@@ -137,7 +135,8 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Entry point of both helpers: the name they are called by tells them apart."""
-    sys.exit(run(sys.argv[1:], sys.argv[0]))
+    startup.command()
+    end(run(sys.argv[1:], sys.argv[0]))
 
 
 if __name__ == "__main__":

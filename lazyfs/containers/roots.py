@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lazyfs.cache import places
 from lazyfs.core.oci.documents import ImageConfig
 from lazyfs.images.cached import cached_config
 from lazyfs.mounting import mount, unmount
+from lazyfs.mounting.lease import SILENT, Reporter
 from lazyfs.mounting.options import MountOptions
 from lazyfs.system.mountinfo import mount_at
 
-if TYPE_CHECKING:
-    from lazyfs.indexing.missing import Bars
-
-"""Manifests and configurations are held to less where they are fetched."""
-
 
 class MountedRoots:
-    """Mounts as `lazyfs mount` does. `on_progress` gets lines of text for the user."""
+    """Mounts as `lazyfs mount` does. `reporter` hears how it goes."""
 
-    def __init__(self, on_progress: Callable[[str], None] | None = None, bars: Bars | None = None) -> None:
-        self._on_progress = on_progress
-        self._bars = bars
+    def __init__(self, reporter: Reporter = SILENT) -> None:
+        self._reporter = reporter
 
     def attach(self, image: str, target: str, options: MountOptions) -> ImageConfig:
-        mounted = mount.mount(image, target, options, on_progress=self._on_progress, bars=self._bars)
+        mounted = mount.mount(image, target, options, reporter=self._reporter)
         try:
             return cached_config(places.cache_directory(options.cache), mounted.manifest_digest)
         except BaseException:

@@ -27,6 +27,7 @@ from lazyfs.containers.spec import SpecOptions
 from lazyfs.containers.specmounts import Mount, distinct_mounts, parse_bind, parse_tmpfs
 from lazyfs.errors import HostError, LazyfsError, UserError
 from lazyfs.mounting import options as mount_options
+from lazyfs.mounting.lease import Reporter
 from lazyfs.mounting.options import MountOptions
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace, roots: RootProvider | None = None, bars: Bars 
 def _lazy_roots(bars: Bars | None) -> RootProvider:
     from lazyfs.containers.roots import MountedRoots
 
-    return MountedRoots(_say, bars)
+    return MountedRoots(Reporter(_say, bars))
 
 
 def _say(text: str) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from lazyfs.control.messages import (
     KINDS,
@@ -21,7 +17,14 @@ from lazyfs.control.messages import (
     encode,
 )
 from lazyfs.errors import HostError, LazyfsError
-from lazyfs.system.sockets import peer_pid, peer_uid
+from lazyfs.system.sockets import Socket, connect, peer_pid, peer_uid, recv_fds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+_RECEIVE_BYTES = 65536
 
 
 class DaemonSilent(HostError):
@@ -46,21 +49,10 @@ def error_from(reply: Mapping[str, Any]) -> LazyfsError:
     return ProtocolError("the daemon reported an error in an unknown form", "see its daemon.log")
 
 
-def _receive(connection: socket.socket) -> tuple[bytes, list[int], int]:
-    # Not socket.recv_fds: Python 3.11 drops the flags it is given, and the descriptors would be inherited.
-    space = socket.CMSG_SPACE(MAX_FDS * struct.calcsize("i"))
-    data, ancillary, flags, _ = connection.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
-    fds: list[int] = []
-    for level, kind, value in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds += struct.unpack(f"{len(value) // 4}i", value[: len(value) // 4 * 4])
-    return data, fds, flags
-
-
 class Connection:
     """A blocking connection to a daemon. Owns its socket and the descriptors received and not yet taken."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: Socket) -> None:
         self._socket = connection
         self._lines = LineBuffer(MAX_REPLY_BYTES)
         self._fds: list[int] = []
@@ -69,18 +61,13 @@ class Connection:
     def open(cls, path: str, timeout_s: float = 5.0) -> Connection:
         """Connects to the socket at `path`. Raises DaemonGone if nobody listens, HostError if another user
         does."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(timeout_s)
-            connection.connect(path)
-            if peer_uid(connection) not in (os.geteuid(), 0):
-                raise HostError(f"{path} belongs to another user's process", "remove its directory")
+            connection = connect(path, timeout_s)
         except OSError as error:
-            connection.close()
             raise DaemonGone(f"no daemon answers at {path}: {error.strerror or error}") from None
-        except BaseException:
+        if peer_uid(connection) not in (os.geteuid(), 0):
             connection.close()
-            raise
+            raise HostError(f"{path} belongs to another user's process", "remove its directory")
         return cls(connection)
 
     def __enter__(self) -> Connection:
@@ -124,7 +111,7 @@ class Connection:
         while (line := self._lines.next_line()) is None:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
-                data, fds, flags = _receive(self._socket)
+                data, fds = recv_fds(self._socket, _RECEIVE_BYTES, MAX_FDS)
             except TimeoutError:
                 raise DaemonSilent(
                     f"the daemon did not answer within {silence_s:g} s",
@@ -133,8 +120,10 @@ class Connection:
             except OSError as error:
                 message = f"the connection to the daemon broke: {error.strerror}"
                 raise DaemonGone(message, "see its daemon.log") from None
+            except HostError:
+                raise ProtocolError("the daemon sent too many descriptors", "see its daemon.log") from None
             self._fds += fds
-            if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+            if len(self._fds) > MAX_FDS:
                 raise ProtocolError("the daemon sent too many descriptors", "see its daemon.log")
             if not data:
                 raise DaemonGone("the daemon ended before it answered", "see its daemon.log")
@@ -150,6 +139,10 @@ class Connection:
         """Sends a request and returns its final reply ("ok" or "needs_index"). `silence_s` bounds the time
         between two messages: a daemon that works says so. Raises what the daemon reports, as its own kind."""
         self.send(message)
+        return self.answer(silence_s, on_progress)
+
+    def answer(self, silence_s: float, on_progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+        """The second half of `ask`, for who has something to do while the daemon works."""
         while True:
             reply = self.receive(silence_s)
             if "progress" in reply:

@@ -34,19 +34,22 @@ file system. "stats" takes that or the "dev" of a target and answers such an ent
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, Unsupported, UserError
+from lazyfs.records import NamedTuple
 from lazyfs.sources import access
 from lazyfs.sources.access import Access
+from lazyfs.system import lightjson
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_REPLY_BYTES = 4 * 1024 * 1024  # "list" with thousands of mounts
 MAX_IMAGE_CHARACTERS = 4096
 MAX_PATH_CHARACTERS = 4096  # PATH_MAX
-MAX_TIMEOUT_S = 86400.0
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86400.0
 MAX_PROGRESS_CHARACTERS = 1000
 MAX_REASONS = 20  # why attached indexes were passed over
 MAX_FDS = 1  # descriptors with one reply
@@ -96,20 +99,16 @@ class Request(NamedTuple):
 def encode(message: Mapping[str, Any], limit_bytes: int = MAX_REPLY_BYTES) -> bytes:
     """One line. File names that are not UTF-8 travel as surrogate escapes (os.fsdecode). Raises
     ProtocolError if it is longer than the other side accepts."""
-    line = json.dumps(message, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+    line = lightjson.dumps(message).encode("ascii") + b"\n"
     if len(line) > limit_bytes:
         raise ProtocolError(f"a control message of {len(line)} bytes exceeds the limit of {limit_bytes}")
     return line
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(name)
-
-
 def decode(line: bytes) -> dict[str, Any]:
     """The message of one line. Raises ProtocolError for anything but a JSON object."""
     try:
-        message = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        message = lightjson.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ProtocolError("a control message is not JSON", VERSIONS) from None
     if not isinstance(message, dict):
@@ -193,10 +192,10 @@ def parse_access(value: object) -> Access:
 
 
 def parse_timeout(value: object) -> float:
-    """Seconds. Raises ProtocolError."""
+    """Seconds, within the bounds that hold everywhere. Raises ProtocolError."""
     # Compared, not converted: an integer of a thousand digits has no float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
-        raise ProtocolError("control request: timeout_s is not a number of seconds up to a day")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_TIMEOUT_S <= value <= MAX_TIMEOUT_S:
+        raise ProtocolError("control request: timeout_s is not a number of seconds from 0.1 to a day")
     return float(value)
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from lazyfs.daemon.worker import main
+from lazyfs.system import startup
+
+startup.begin()
+
+from lazyfs.daemon.worker import main  # noqa: E402 - it imports all that is large
 
 sys.exit(main())

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 from lazyfs.system import startup
 
+if __name__ == "__main__":
+    startup.begin()  # before all that is large
+
 # isort: split
 
 import argparse

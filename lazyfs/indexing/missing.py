@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -19,7 +18,6 @@ from lazyfs.indexing.build import LayerProgress
 from lazyfs.indexing.publish import push_index
 from lazyfs.indexing.small import make_index
 from lazyfs.sources.access import Access
-from lazyfs.system import startup
 
 # Finding an image's documents takes a few small requests; reading its layers is bounded by stalls, not in
 # all.
@@ -60,9 +58,6 @@ async def build(cache: BlockCache, resolved: Resolved, *, fill: bool, bars: Bars
     """Reads all layers once and keeps the index; with `fill`, all data, too. Raises LazyfsError."""
     with trio.fail_after(DOCUMENTS_S):
         config = parse_config(await load_config(cache, resolved))
-    # The pass hands the GIL between threads thousands of times a second: 5 ms of waiting for it, Python's
-    # default, is too long (measured: 97 against 104 MB/s).
-    sys.setswitchinterval(0.0005)
     with (bars or _no_bars)() as on_progress:
         return await make_index(cache, resolved, config, fill=fill, on_progress=on_progress)
 
@@ -74,7 +69,6 @@ def _no_bars() -> Iterator[Callable[[LayerProgress], None]]:
 
 def run_async(work: Callable[[], Awaitable[None]]) -> None:
     """Runs one async job; an error of a nursery inside comes out as itself."""
-    startup.finish()
     try:
         trio.run(work)
     except trio.TooSlowError:

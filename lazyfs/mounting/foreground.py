@@ -9,12 +9,12 @@ from types import FrameType
 
 from lazyfs.errors import UserError
 from lazyfs.mounting import unmount
-from lazyfs.mounting.job import Mounted
+from lazyfs.mounting.attach import Mounted
 
 
 def hold(mount: Callable[[Callable[[Mounted], None]], Mounted]) -> None:
     """Calls `mount` and returns when somebody has unmounted the result, which `mount` tells to its argument as
-    soon as it is attached (mounts.mount, `on_attached`). SIGTERM and SIGINT, at any time, unmount it: lazily, so
+    soon as it is attached (mount.mount, `on_attached`). SIGTERM and SIGINT, at any time, unmount it: lazily, so
     that busy files do not keep the command from ending. SIGINT then goes on as KeyboardInterrupt, SIGTERM as
     SystemExit(0)."""
 

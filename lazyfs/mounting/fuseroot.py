@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from typing import Any
 
 from lazyfs.control import messages, rundir
 from lazyfs.control.client import Connection, DaemonGone
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.mounting import launch
-from lazyfs.mounting.job import Acquired, MountRequest, dev_of, until_indexed
 from lazyfs.mounting.launch import StartError
+from lazyfs.mounting.lease import Lease, Reporter, Wanted, until_indexed
 from lazyfs.system import host
+from lazyfs.system.devices import dev_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
-def any_fuse_root(job: MountRequest) -> Acquired:
-    return _fuse_root(job) if host.is_root() else start_fuse(job, job.target)
+def fuse_lease(wanted: Wanted, reporter: Reporter) -> Lease:
+    """A lease of a root from a fuse process, detached for root, at `wanted.place` for others. Raises LazyfsError."""
+    if not host.is_root():
+        assert wanted.place is not None, "an ordinary user's root has to be mounted at its place"
+        return _start(wanted, wanted.place, reporter)
+    from lazyfs.system.mountapi import MNT_DETACH, open_tree_clone, umount2
+
+    joined = _join(wanted)
+    if joined is not None:
+        return joined
+    place = os.path.join(wanted.runtime, f"root-{os.urandom(8).hex()}")
+    os.mkdir(place, 0o700)
+    try:
+        lease = _start(wanted, place, reporter)
+        try:
+            lease.fd = open_tree_clone(place)
+            umount2(place, MNT_DETACH)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+    finally:
+        try:  # noqa: SIM105 - contextlib takes 2 ms to import
+            os.rmdir(place)
+        except OSError:
+            pass  # a mount that never came off is the fuse process's to remove
 
 
-def start_fuse(job: MountRequest, place: str) -> Acquired:
-    """A fusemount process that serves at `place`; the mount is there when this returns."""
+def _start(wanted: Wanted, place: str, reporter: Reporter) -> Lease:
+    """A fuse process that serves at `place`; the mount is there when this returns."""
     connection: Connection | None = None
     process: launch.Child | None = None
 
@@ -29,25 +56,25 @@ def start_fuse(job: MountRequest, place: str) -> Acquired:
         if connection is not None and process is not None:
             connection.close()
             process.end()
-        connection, process = launch.start_fusemount(job.cache, job.runtime, job.image, place)
+        connection, process = launch.start_fusemount(wanted.cache, wanted.runtime, wanted.image, place)
         request = {
             "op": "fuse_mount",
-            **job.request(),
+            **wanted.request(),
             "target": place,
             # Root's mounts are for everybody, as those of the kernel backend are; modes are checked.
-            "allow_other": job.options.allow_other or host.is_root(),
-            "exec": job.options.executable,
+            "allow_other": wanted.allow_other or host.is_root(),
+            "exec": wanted.executable,
         }
         try:
-            return connection.ask(request, job.silence_s(), job.progress)
+            return connection.ask(request, wanted.silence_s(), reporter.progress)
         except DaemonGone:
-            log = rundir.log_file(job.runtime)
+            log = rundir.log_file(wanted.runtime)
             raise StartError(
                 f"the fuse process ended: {launch.last_words(log) or 'it said nothing'}", f"see {log}"
             ) from None
 
     try:
-        reply = until_indexed(job, ask)
+        reply = until_indexed(wanted, ask, reporter)
     except BaseException:
         if connection is not None:
             connection.close()  # it ends by that; but it may hang
@@ -55,45 +82,25 @@ def start_fuse(job: MountRequest, place: str) -> Acquired:
             process.end()
         raise
     assert connection is not None and process is not None
-    return Acquired(None, connection, reply, "fuse", False)
+    return Lease(wanted, connection, reply, "fuse")
 
 
-def _fuse_root(job: MountRequest) -> Acquired:
-    from lazyfs.system.mountapi import MNT_DETACH, open_tree_clone, umount2
-
-    joined = _join_fuse(job)
-    if joined is not None:
-        return joined
-    place = os.path.join(job.runtime, f"root-{os.urandom(8).hex()}")
-    os.mkdir(place, 0o700)
-    try:
-        root = start_fuse(job, place)
-        try:
-            fd = open_tree_clone(place)
-            umount2(place, MNT_DETACH)
-        except BaseException:
-            root.connection.close()
-            raise
-        return root._replace(fd=fd)
-    finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(place)  # a mount that never came off is the fusemount process's to remove
-
-
-def _join_fuse(job: MountRequest) -> Acquired | None:
+def _join(wanted: Wanted) -> Lease | None:
     """A detached clone of an attached fuse mount of the same image, if there is one."""
     from lazyfs.core.oci.reference import parse_reference
 
-    wanted = str(parse_reference(job.image))
-    for path in rundir.fuse_sockets(job.runtime):
+    image = str(parse_reference(wanted.image))
+    for path in rundir.fuse_sockets(wanted.runtime):
         connection: Connection | None = None
         try:
             connection = Connection.open(path, 2.0)
             for entry in connection.ask({"op": "list"}, 5.0).get("mounts", []):
-                if entry.get("image") == wanted and entry.get("platform") == job.options.access.platform:
+                if entry.get("image") == image and entry.get("platform") == wanted.access.platform:
                     fd = _clone_of(messages.parse_dev(entry.get("dev")))
                     if fd is not None:
-                        return Acquired(fd, connection, entry, "fuse", True)
+                        lease = Lease(wanted, connection, entry, "fuse")
+                        lease.fd, lease.joined = fd, True
+                        return lease
         except DaemonGone:
             rundir.remove_dead_socket(path)
         except (LazyfsError, AttributeError, TypeError):

@@ -7,14 +7,13 @@ to "/".
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import time
 
 from lazyfs.control import rundir
 from lazyfs.control.client import Connection, DaemonGone
 from lazyfs.errors import HostError
 from lazyfs.system.process import environment, find_program, python_command
+from lazyfs.system.sockets import pair
 
 START_DEADLINE_S = 20.0  # starting Python and binding a socket takes 0.1 s; a loaded host may need longer
 END_DEADLINE_S = 5.0
@@ -47,6 +46,8 @@ class Child:
 
     def end(self) -> None:
         """Ends a process that is of no use any more, by force if it does not obey within seconds."""
+        import signal  # 4 ms, with enum: few commands have to end a process
+
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + END_DEADLINE_S
             if self.poll() is None:
@@ -160,7 +161,7 @@ def start_fusemount(
     """A ``lazyfs.daemon.fuseworker`` process that waits for its "fuse_mount" request on the connection returned.
     Image and target are on its command line for ps only. It ends by itself when we close the connection
     without having reported the mount as attached. Raises HostError."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = pair()
     try:
         command = python_command(
             "lazyfs.daemon.fuseworker",

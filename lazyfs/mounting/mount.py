@@ -1,33 +1,26 @@
-"""The client's side of a mount: asks a daemon for the root of an image and attaches it.
+"""`lazyfs mount` as a function: a root is acquired, attached at the target, and left there.
 
-    kernel          the cache's daemon hands out a detached EROFS mount
-    fuse, root      a fusemount process mounts at a private place, a detached clone of which is taken; a later
-                    mount of the image clones the first one's (same superblock, same process)
-    fuse, user      a fusemount process mounts at the target itself, by fusermount3
-
-What is detached ends with this process, so an interrupted mount leaves nothing. An overlay for `rw` is put on
-it, and only the finished root appears at the target.
+An overlay for `rw` is put on it, and only the finished root appears at the target.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lazyfs.cache import places
 from lazyfs.control import rundir
 from lazyfs.errors import Unsupported, UserError
-from lazyfs.mounting.attach import finish
-from lazyfs.mounting.fuseroot import any_fuse_root
-from lazyfs.mounting.job import Mounted, MountRequest, Progress, ignore
-from lazyfs.mounting.kernelroot import kernel_root_or_fuse
-from lazyfs.mounting.options import MountOptions
+from lazyfs.mounting.acquire import acquire
+from lazyfs.mounting.attach import Mounted, attach
+from lazyfs.mounting.lease import SILENT, Lease, Reporter, Wanted
 from lazyfs.mounting.target import check_target
 from lazyfs.system import host
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from lazyfs.indexing.missing import Bars
+    from collections.abc import Callable
+
+    from lazyfs.mounting.options import MountOptions
 
 
 def mount(
@@ -37,8 +30,7 @@ def mount(
     *,
     push_index: bool = False,
     namespace: str | None = None,
-    on_progress: Progress | None = None,
-    bars: Bars | None = None,
+    reporter: Reporter = SILENT,
     on_attached: Callable[[Mounted], None] | None = None,
 ) -> Mounted:
     """Mounts `image` at the directory `target` and returns when the root is usable. `namespace`: a mount
@@ -49,15 +41,52 @@ def mount(
     if namespace is None:
         target = check_target(target)
     cache = places.cache_directory(options.cache)
-    runtime = rundir.runtime_directory(cache)
-    job = MountRequest(image, target, options, cache, runtime, push_index, on_progress or ignore, bars, on_attached)
-    root = kernel_root_or_fuse(job) if backend == "kernel" else any_fuse_root(job)
+    wanted = Wanted(
+        image,
+        options.access,
+        cache,
+        rundir.runtime_directory(cache),
+        backend="fuse" if backend == "fuse" else options.backend,
+        timeout_s=options.timeout_s,
+        push_index=push_index,
+        allow_other=options.allow_other,
+        executable=options.executable,
+        place=target,
+    )
+    with acquire(wanted, reporter) as lease:
+        if not options.writable:
+            return attach(lease, target, _attributes(options), namespace=namespace, on_attached=on_attached)
+        return _attach_writable(lease, target, options, namespace, on_attached)
+
+
+def _attach_writable(
+    lease: Lease,
+    target: str,
+    options: MountOptions,
+    namespace: str | None,
+    on_attached: Callable[[Mounted], None] | None,
+) -> Mounted:
+    from lazyfs.mounting.overlay import prepare_upper
+
+    upper = prepare_upper(options, lease)
     try:
-        return finish(job, root, namespace)
-    finally:
-        root.connection.close()
-        if root.fd is not None:
-            os.close(root.fd)
+        mounted = attach(lease, target, _attributes(options), upper, namespace=namespace, on_attached=on_attached)
+    except BaseException:
+        upper.discard()
+        raise
+    upper.close()
+    return mounted
+
+
+def _attributes(options: MountOptions) -> int:
+    from lazyfs.system.mountapi import MOUNT_NODEV, MOUNT_NOEXEC, MOUNT_NOSUID, MOUNT_RDONLY
+
+    return (
+        (0 if options.writable else MOUNT_RDONLY)
+        | (0 if options.dev else MOUNT_NODEV)
+        | (0 if options.suid else MOUNT_NOSUID)
+        | (0 if options.executable else MOUNT_NOEXEC)
+    )
 
 
 def absolute_reference(image: str) -> str:

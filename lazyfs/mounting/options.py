@@ -6,14 +6,17 @@ Paths become absolute here, because the daemon works in another directory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
+from lazyfs.control import messages
 from lazyfs.errors import UserError
+from lazyfs.records import NamedTuple
 from lazyfs.sources.access import Access
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
 BACKENDS = ("auto", "kernel", "fuse")
-MAX_TIMEOUT_S = 86400.0
 
 # Options of mount(8), fstab(5) and systemd.mount(5) that mean something to others, or nothing here: access
 # times are never written to a read-only root, and an overlay keeps the defaults.
@@ -99,29 +102,112 @@ def quote(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace(",", "\\,")
 
 
-_FLAGS: dict[str, dict[str, bool]] = {
-    "ro": {"writable": False},
-    "rw": {"writable": True},
-    "ephemeral": {"writable": True, "ephemeral": True},
-    "dev": {"dev": True},
-    "nodev": {"dev": False},
-    "suid": {"suid": True},
-    "nosuid": {"suid": False},
-    "exec": {"executable": True},
-    "noexec": {"executable": False},
+class Option(NamedTuple):
+    """One line of the table below. `fields`: what of MountOptions or Access it sets; `read` makes the value of the
+    first from the text behind "=", None for a flag, whose `fields` say the values. `form` and `text`: its help, ""
+    for one that is not listed."""
+
+    name: str
+    fields: Mapping[str, object]
+    read: Callable[[str, str | None, str | None], object] | None
+    form: str
+    text: str
+
+
+def _flag(name: str, text: str, form: str = "", **fields: object) -> Option:
+    return Option(name, fields, None, form or name, text)
+
+
+def _value(
+    name: str, field: str, form: str, text: str, read: Callable[[str, str | None, str | None], object]
+) -> Option:
+    return Option(name, {field: None}, read, f"{name}={form}", text)
+
+
+def _path(name: str, value: str | None, directory: str | None) -> str:
+    if not value or "\0" in value:
+        raise UserError(f"mount option {name} needs a path", f"write {name}=/some/path")
+    expanded = os.path.expanduser(value) if value.startswith("~/") else value
+    return os.path.normpath(os.path.join(directory or os.getcwd(), expanded))
+
+
+def _one_more_path(name: str, value: str | None, directory: str | None) -> tuple[str, ...]:
+    return (_path(name, value, directory),)
+
+
+def _backend(name: str, value: str | None, _: str | None) -> str:
+    if value not in BACKENDS:
+        raise UserError(f"mount option {name}={value or ''} is unknown", "use backend=auto, kernel or fuse")
+    return value
+
+
+def _seconds(name: str, value: str | None, _: str | None) -> float:
+    try:
+        return messages.parse_timeout(float((value or "").removesuffix("s")))
+    except (ValueError, messages.ProtocolError):
+        raise UserError(
+            f"mount option {name}={value or '':.40} is not a time",
+            f"give seconds from {messages.MIN_TIMEOUT_S:g} to {messages.MAX_TIMEOUT_S:g}: timeout=30",
+        ) from None
+
+
+def _platform(name: str, value: str | None, _: str | None) -> str:
+    from lazyfs.core.oci.platforms import parse_platform  # with re and more: few name one
+
+    try:
+        return str(parse_platform(value or ""))
+    except UserError:
+        raise UserError(
+            f"mount option {name}={value or '':.60} is not a platform",
+            "write OS/ARCHITECTURE[/VARIANT]: platform=linux/arm64/v8",
+        ) from None
+
+
+# All options: an option is parsed, suggested and explained because it stands here.
+OPTIONS = (
+    _flag("ro", "", writable=False),
+    _flag("rw", "read-only (default); or writable, by an overlay whose upper\ndirectory is thrown away at the end",
+          "ro, rw", writable=True),
+    _value("upperdir", "upperdir", "DIR", "keep what is written there (with rw)", _path),
+    _value("workdir", "workdir", "DIR", "overlayfs' own, on the same file system (default: beside upperdir)", _path),
+    _flag("ephemeral", "rw without upperdir=, by a name that also mount(8) and fstab pass on",
+          writable=True, ephemeral=True),
+    _value("backend", "backend", "NAME", "auto (default), kernel (EROFS; root, Linux 6.12) or fuse (also without root)",
+           _backend),
+    _flag("offline", "ask no registry: what is cached must do", offline=True),
+    _value("cache", "cache", "DIR", "the block cache (root: /var/cache/lazyfs, others: ~/.cache/lazyfs)", _path),
+    _value("timeout", "timeout_s", "SECONDS", "the longest a read waits before it fails with EIO (30)", _seconds),
+    _value("platform", "platform", "OS/ARCH[/VARIANT]", "of an image for several (default: this host's)", _platform),
+    _value("authfile", "auth_files", "FILE", "credentials, in place of those of docker and podman; may be repeated",
+           _one_more_path),
+    _value("ca", "ca_files", "FILE", "a further certificate authority (PEM); may be repeated", _one_more_path),
+    _flag("insecure", "plain HTTP, or certificates that do not verify", insecure=True),
+    _flag("dev", "", dev=True),
+    _flag("nodev", "", dev=False),
+    _flag("suid", "device files and set-id bits count (root; off by default)", "dev, suid", suid=True),
+    _flag("nosuid", "", suid=False),
+    _flag("exec", "", executable=True),
+    _flag("noexec", "nothing can be executed", executable=False),
     # mount(8): these imply further ones "unless overridden by subsequent options".
-    "user": {"executable": False, "dev": False, "suid": False},
-    "users": {"executable": False, "dev": False, "suid": False},
-    "owner": {"dev": False, "suid": False},
-    "group": {"dev": False, "suid": False},
-    "offline": {"offline": True},
-    "allow_other": {"allow_other": True},
-    "insecure": {"insecure": True},
-    "foreground": {"foreground": True},
-}
-_PATHS = {"upperdir": "upperdir", "workdir": "workdir", "cache": "cache"}
-_PATH_LISTS = {"authfile": "auth_files", "ca": "ca_files"}
-KNOWN = (*_FLAGS, *_PATHS, *_PATH_LISTS, "backend", "timeout", "platform")
+    _flag("user", "", executable=False, dev=False, suid=False),
+    _flag("users", "", executable=False, dev=False, suid=False),
+    _flag("owner", "", dev=False, suid=False),
+    _flag("group", "", dev=False, suid=False),
+    _flag("allow_other", "fuse without root: other users may enter (user_allow_other in /etc/fuse.conf)",
+          allow_other=True),
+    _flag("foreground", "stay until unmounted; Ctrl-C unmounts", foreground=True),
+)  # fmt: skip
+KNOWN = {option.name: option for option in OPTIONS}
+_OF_USERS = ("user", "owner", "group")  # mount(8) takes a name behind them
+
+
+def help_text() -> str:
+    """The table, for people."""
+    lines = ["mount options (-o, separated by commas; a value with a comma goes in double quotes):\n"]
+    for option in OPTIONS:
+        if option.text:
+            lines.append(f"  {option.form:<19} {option.text.replace(chr(10), chr(10) + ' ' * 22)}\n")
+    return "".join(lines)
 
 
 def parse(
@@ -144,26 +230,17 @@ def parse(
 def _apply(
     options: MountOptions, name: str, value: str | None, sloppy: bool, directory: str | None
 ) -> MountOptions:
-    if name in _FLAGS:
-        if value is not None and not (name in ("user", "owner", "group") and value):
+    option = KNOWN.get(name)
+    if option is not None and option.read is not None:
+        (field,) = option.fields
+        read = option.read(name, value, directory)
+        if isinstance(read, tuple):  # each adds to what the others said
+            read = (*(getattr(options.access, field) or ()), *read)
+        return options.having(**{field: read})
+    if option is not None:
+        if value is not None and not (name in _OF_USERS and value):
             raise UserError(f"mount option {name} takes no value", f"write {name}, not {name}={value:.40}")
-        return options.having(**_FLAGS[name])
-    if name in _PATHS:
-        return options.having(**{_PATHS[name]: _path(name, value, directory)})
-    if name in _PATH_LISTS:
-        field = _PATH_LISTS[name]
-        paths = (*(getattr(options.access, field) or ()), _path(name, value, directory))
-        return options.having(**{field: paths})
-    if name == "backend":
-        if value not in BACKENDS:
-            raise UserError(
-                f"mount option backend={value or ''} is unknown", "use backend=auto, kernel or fuse"
-            )
-        return options._replace(backend=value)
-    if name == "timeout":
-        return options._replace(timeout_s=_seconds(value))
-    if name == "platform":
-        return options.having(platform=_platform(value))
+        return options.having(**option.fields)
     if name == "remount":
         raise UserError(
             "a lazyfs mount cannot be remounted", "unmount it and mount it again with the new options"
@@ -187,40 +264,6 @@ def _suggestion(name: str) -> str:
         if close
         else "`lazyfs mount --help` lists the options; -s ignores unknown ones"
     )
-
-
-def _path(name: str, value: str | None, directory: str | None) -> str:
-    if not value or "\0" in value:
-        raise UserError(f"mount option {name} needs a path", f"write {name}=/some/path")
-    expanded = os.path.expanduser(value) if value.startswith("~/") else value
-    return os.path.normpath(os.path.join(directory or os.getcwd(), expanded))
-
-
-def _seconds(value: str | None) -> float:
-    try:
-        seconds = float((value or "").removesuffix("s"))
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= MAX_TIMEOUT_S:  # false for nan, too
-        raise UserError(
-            f"mount option timeout={value or ''} is not a time", "give seconds from 0.1 to 86400: timeout=30"
-        )
-    return seconds
-
-
-def _platform(value: str | None) -> str:
-    parts = (value or "").split("/")
-    allowed = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
-    if not (
-        2 <= len(parts) <= 3
-        and len(value or "") <= 100
-        and all(part and set(part) <= allowed for part in parts)
-    ):
-        raise UserError(
-            f"mount option platform={value or '':.60} is not a platform",
-            "write OS/ARCHITECTURE[/VARIANT]: platform=linux/arm64/v8",
-        )
-    return "/".join(parts)
 
 
 def _checked(options: MountOptions) -> MountOptions:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lazyfs.cache import uppers
 from lazyfs.errors import HostError, UserError
+from lazyfs.mounting.lease import Lease
 from lazyfs.mounting.options import MountOptions
 from lazyfs.system.detached import overlay_mount_detached
 from lazyfs.system.syscalls import SyscallError
@@ -41,14 +42,16 @@ class Upper(NamedTuple):
             self.ephemeral.discard()
 
 
-def prepare_upper(options: MountOptions, cache: str, lower_fd: int, image: str, manifest_digest: str) -> Upper:
-    """The upper directory that `options` name, or a new one below `cache`. An empty one takes over the owner,
-    mode, times and attributes of the root of `lower_fd`, because overlayfs shows those of the upper root.
+def prepare_upper(options: MountOptions, lease: Lease) -> Upper:
+    """The upper directory that `options` name, or a new one in the cache. An empty one takes over the owner,
+    mode, times and attributes of the root of the lease, because overlayfs shows those of the upper root.
     Raises UserError, HostError."""
+    assert lease.fd is not None, "an ordinary user's root has no overlay"
+    cache, lower_fd = lease.wanted.cache, lease.fd
     if options.upperdir is None:
         made: uppers.Upper | None = None
         try:
-            made = uppers.make(cache, image, manifest_digest)
+            made = uppers.make(cache, lease.image, lease.manifest_digest)
             _take_over_root(lower_fd, made.upper)
         except OSError as error:
             if made is not None:

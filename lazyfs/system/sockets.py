@@ -1,28 +1,53 @@
-"""Unix sockets: who is at the other end, and descriptors by SCM_RIGHTS."""
+"""Unix sockets: who is at the other end, and descriptors by SCM_RIGHTS.
+
+`_socket` is the C half of `socket`, and all that is needed of it; the other half takes 4 ms to import, with enum and
+selectors. Each `socket.socket` is one of its sockets, too.
+"""
 
 from __future__ import annotations
 
+import _socket
 import os
-import socket
 import struct
+from _socket import socket as _Socket
 
 from lazyfs.errors import HostError
 
-TYPE_CHECKING = False  # not from typing, which takes 8 ms to import
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def peer_uid(connection: socket.socket) -> int:
+Socket = _Socket
+
+
+def connect(path: str, timeout_s: float) -> Socket:
+    """A stream connection to the socket at `path`; `timeout_s` is that of all that follows, too. Raises OSError."""
+    connection = Socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def pair() -> tuple[Socket, Socket]:
+    """Two stream sockets that are connected to each other. Raises OSError."""
+    return _socket.socketpair()
+
+
+def peer_uid(connection: Socket) -> int:
     """The user at the other end (SO_PEERCRED), as of when the connection was made."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     return int(uid)
 
 
-def peer_pid(connection: socket.socket) -> int:
+def peer_pid(connection: Socket) -> int:
     """The process that made the listening socket (or the pair) at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, _, _ = struct.unpack("3i", credentials)
     return int(pid)
 
@@ -34,7 +59,7 @@ _MSG_CMSG_CLOEXEC = 0x40000000
 _FD = struct.Struct("=i")
 
 
-def send_fds(connection: socket.socket, data_bytes: bytes, fds: Sequence[int]) -> None:
+def send_fds(connection: Socket, data_bytes: bytes, fds: Sequence[int]) -> None:
     """Sends all of `data_bytes`, the descriptors with its first byte (SCM_RIGHTS). Descriptors stay open
     here. Raises OSError."""
     rights = b"".join(map(_FD.pack, fds))
@@ -43,7 +68,7 @@ def send_fds(connection: socket.socket, data_bytes: bytes, fds: Sequence[int]) -
         connection.sendall(memoryview(data_bytes)[sent:])
 
 
-def recv_fds(connection: socket.socket, size: int, max_fds: int) -> tuple[bytes, list[int]]:
+def recv_fds(connection: Socket, size: int, max_fds: int) -> tuple[bytes, list[int]]:
     """At most `size` bytes and the descriptors that came with them, close-on-exec, now the caller's.
     b"" at end of stream. Raises OSError; HostError (none kept) if more than `max_fds` came."""
     # CMSG_SPACE: a header of 16 bytes, the descriptors, padded to 8

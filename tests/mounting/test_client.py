@@ -16,7 +16,9 @@ import pytest
 
 from lazyfs.control import query, rundir
 from lazyfs.errors import HostError, LazyfsError, RemoteError, UserError
-from lazyfs.mounting import job, launch, unmount
+from lazyfs.mounting import launch, unmount
+from lazyfs.mounting.attach import Mounted
+from lazyfs.mounting.lease import Reporter
 from lazyfs.mounting.mount import mount as mount_image
 from lazyfs.mounting.options import parse
 from lazyfs.mounting.target import AlreadyMounted
@@ -57,12 +59,12 @@ def fake(cache: Path, erofs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-Mount = Callable[..., job.Mounted]
+Mount = Callable[..., Mounted]
 
 
 @pytest.fixture
 def mount(fake: Path, target: Path) -> Mount:
-    def run(image: str = "indexed", options: str = "", place: Path = target, **more: Any) -> job.Mounted:
+    def run(image: str = "indexed", options: str = "", place: Path = target, **more: Any) -> Mounted:
         return mount_image(image, str(place), parse([f"cache={fake}", options]), **more)
 
     return run
@@ -96,7 +98,7 @@ def uppers(cache: Path) -> list[Path]:
 
 def test_mount_starts_the_daemon_and_attaches_what_it_gives(mount: Mount, fake: Path, target: Path) -> None:
     seen: list[str] = []
-    mounted = mount(on_progress=seen.append)
+    mounted = mount(reporter=Reporter(seen.append))
     assert (target / "file").read_text() == "from the image\n"
     assert attributes(target) == {"ro", "nodev", "nosuid"}
     assert seen == ["reading the index"]
@@ -280,7 +282,7 @@ def test_a_daemon_that_does_not_start_says_why(mount: Mount, fake: Path) -> None
 
 def test_auto_falls_back_to_fuse_and_says_so(mount: Mount, fake: Path, target: Path) -> None:
     seen: list[str] = []
-    assert mount("hostproblem", on_progress=seen.append).backend == "fuse"
+    assert mount("hostproblem", reporter=Reporter(seen.append)).backend == "fuse"
     assert any("no EROFS from files here" in text for text in seen)
     with pytest.raises(HostError, match="no EROFS"):
         unmount.umount(str(target))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.commands import mounthelper
+from lazyfs.commands import arguments, mounthelper
 from lazyfs.errors import UserError
 from lazyfs.mounting import options
 from lazyfs.mounting.options import MountOptions, parse, quote, split
 from lazyfs.sources.access import Access
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_defaults_are_read_only_and_safe() -> None:
@@ -162,3 +170,49 @@ def test_mount_says_rw_for_everybody() -> None:
     assert writable("rw,ephemeral")
     assert writable("rw,upperdir=/u,workdir=/w")
     assert not writable("rw,ephemeral,ro")
+
+
+# -- one table -------------------------------------------------------------------------------------------
+
+
+def test_every_option_of_the_table_is_parsed_and_explained() -> None:
+    examples = {"backend": "fuse", "timeout": "5", "platform": "linux/arm64", "upperdir": "/u,rw"}
+    shown = _subcommand_help("mount")
+    for option in options.OPTIONS:
+        text = option.name if option.read is None else f"{option.name}={examples.get(option.name, '/x')}"
+        assert parse([f"rw,upperdir=/u,{text}" if option.name == "workdir" else text])
+        if option.text:
+            assert option.form.split("=")[0] in shown and option.text.split("\n")[0] in shown
+
+
+def _subcommand_help(name: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        arguments.parser([name]).parse_args([name, "--help"])
+    return shown.getvalue()
+
+
+def test_a_new_option_is_written_at_two_places(tmp_path: Path) -> None:
+    """A field and a line of the table: options, help, wire and state follow."""
+    shutil.copytree(ROOT / "lazyfs", tmp_path / "lazyfs", ignore=shutil.ignore_patterns("__pycache__"))
+    _insert(tmp_path / "lazyfs/sources/access.py", "    offline: bool = False", "    made_up: bool = False")
+    line = '    _flag("made_up", "what was made up", made_up=True),'
+    _insert(tmp_path / "lazyfs/mounting/options.py", '    _flag("offline", ', line)
+    code = (
+        "from lazyfs.control import messages; from lazyfs.daemon import roots\n"
+        "from lazyfs.mounting import options\n"
+        "access = options.parse(['made_up,timeout=3']).access\n"
+        "line = messages.encode({'op': 'mount', 'image': 'a', 'access': access.to_json()})\n"
+        "assert messages.parse_request(line).access.made_up is True\n"
+        "assert messages.parse_access(access.to_json()) == access  # the state file's form\n"
+        "assert 'what was made up' in options.help_text()\n"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def _insert(path: Path, before: str, line: str) -> None:
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, f"{line}\n{before}"))

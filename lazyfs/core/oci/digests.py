@@ -1,6 +1,6 @@
 """Digests, by what they are of. Functions here and in sources give the exact kind.
 
-hashlib is imported only to hash much: its OpenSSL takes 8 ms to load when the page cache is cold, 2 ms else.
+hashlib is imported only to hash much (sha256.py).
 """
 
 from __future__ import annotations
@@ -8,19 +8,8 @@ from __future__ import annotations
 from typing import NewType
 
 from lazyfs.core.oci.reference import is_digest
+from lazyfs.core.oci.sha256 import light_sha256
 from lazyfs.errors import ImageError
-
-try:
-    from _sha256 import sha256  # type: ignore[import-not-found]
-except ImportError:  # Python 3.12 and later
-    from hashlib import sha256
-
-
-def light_sha256(data: bytes | memoryview) -> str:
-    """SHA-256 in hexadecimal digits, of little data: pure C, 200 MB/s."""
-    digits: str = sha256(data).hexdigest()
-    return digits
-
 
 _LITTLE_BYTES = 64 << 10  # either hash takes a third of a millisecond for it
 

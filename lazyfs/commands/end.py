@@ -1,0 +1,21 @@
+"""How a command ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process. All that it held is closed by the kernel, and by Python nothing but its output: taking the
+    interpreter apart takes 3 ms. Nothing may be left to exit handlers or threads."""
+    for stream in (sys.stdout, sys.stderr):
+        try:  # noqa: SIM105 - contextlib takes 2 ms to import
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # whoever read it has gone
+    os._exit(code)
