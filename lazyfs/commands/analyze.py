@@ -25,16 +25,19 @@ from lazyfs.cache import places
 from lazyfs.cache.directory import BlockCache
 from lazyfs.cache.scans import copy_index
 from lazyfs.commands.bars import layer_bars
+from lazyfs.commands.containers import container_mount, say
 from lazyfs.commands.report import human_bytes, table
-from lazyfs.containers import run
 from lazyfs.containers.roots import MountedRoots
+from lazyfs.containers.run import RunRequest, run
+from lazyfs.containers.spec import SpecOptions
+from lazyfs.containers.store import ContainerStore
 from lazyfs.control import client, query, rundir
 from lazyfs.core.index.analysis import ImageAnalysis, analyse
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
-from lazyfs.mounting.options import MountOptions
+from lazyfs.mounting.options import MountOptions, quote
 
 _DAEMON_END_S = 10.0
 
@@ -121,15 +124,17 @@ class _CountingRoots(MountedRoots):
 
 def _start(cache: BlockCache, manifest_digest: str, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Runs the command in a container with an empty cache; its exit code, and what it read."""
-    parser = argparse.ArgumentParser()
-    run.add_run_arguments(parser)
     with _empty_cache(cache, manifest_digest) as private:
-        words = [word for text in args.option_texts for word in ("-o", text)]
-        words += ["--rm", "-o", f"cache={private.path}", args.image, *args.command]
+        request = RunRequest(
+            args.image,
+            SpecOptions(command=tuple(args.command)),
+            mount=container_mount([*args.option_texts, f"cache={quote(private.path)}"]),
+            remove=True,
+        )
         roots = _CountingRoots()
         started_s = time.monotonic()
         with _standard_output_on_error():  # standard output is for the analysis
-            code = run.run(parser.parse_args(words), roots)
+            code = run(request, ContainerStore(), roots, say)
         seconds = time.monotonic() - started_s
         if not roots.counters:
             raise HostError("the daemon did not say what the container read", "it may have died: try again")

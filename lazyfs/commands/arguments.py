@@ -158,7 +158,7 @@ def _umount(add: _Add) -> None:
 
 
 def _bundle(add: _Add) -> None:
-    from lazyfs.containers.run import add_bundle_arguments
+    from lazyfs.commands.containers import add_bundle_arguments
 
     bundle = add(
         "bundle",
@@ -170,7 +170,7 @@ def _bundle(add: _Add) -> None:
 
 
 def _run(add: _Add) -> None:
-    from lazyfs.containers.run import add_run_arguments
+    from lazyfs.commands.containers import add_run_arguments
 
     run = add(
         "run",

@@ -155,17 +155,15 @@ def _cache(args: argparse.Namespace) -> int:
 
 
 def _bundle(args: argparse.Namespace) -> int:
-    from lazyfs.commands.bars import layer_bars
-    from lazyfs.containers.run import bundle
+    from lazyfs.commands.containers import bundle
 
-    return bundle(args, bars=layer_bars)
+    return bundle(args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lazyfs.commands.bars import layer_bars
-    from lazyfs.containers.run import run
+    from lazyfs.commands.containers import run
 
-    return run(args, bars=layer_bars)
+    return run(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Runtime bundles: a directory with `config.json` and the image mounted as `rootfs`, ready for `runc run`.
 
-    DIR/config.json           the runtime configuration (`lazyfs.runspec`)
+    DIR/config.json           the runtime configuration (spec.py)
        /rootfs/               the image's root; as root an overlay, writable
        /upper/ /work/         what the container wrote
        /volumes/N/            one for each volume of the image
@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from lazyfs.containers.accounts import resolve_user
@@ -34,15 +35,24 @@ from lazyfs.mounting.options import MountOptions
 from lazyfs.system.mountinfo import mounts as mount_table
 
 _MAX_HOSTS_BYTES = 1 << 20
-_OWN_FILES = ("config.json", "hosts", "resolv.conf", "runc.log")
+BUNDLE_CONFIG = "config.json"
+_OWN_FILES = (BUNDLE_CONFIG, "hosts", "resolv.conf", "runc.log")
 _REMOVAL_S = 120.0
 """How long deleting a bundle's files may take. It is work, not waiting: 50,000 files/s on ext4."""
 
 
-class RootProvider(Protocol):
-    """Who mounts an image's root: `lazyfs.mounts` in earnest, a plain directory in tests of bundles."""
+class MountedImage(NamedTuple):
+    """The image whose root was mounted."""
 
-    def attach(self, image: str, target: str, options: MountOptions) -> ImageConfig:
+    config: ImageConfig
+    manifest_digest: str
+    reference: str  # canonical
+
+
+class RootProvider(Protocol):
+    """Who mounts an image's root: roots.py in earnest, a plain directory in tests of bundles."""
+
+    def attach(self, image: str, target: str, options: MountOptions) -> MountedImage:
         """Mounts `image` at the existing directory `target`. Raises LazyfsError; then nothing is mounted."""
 
     def detach(self, target: str) -> None:
@@ -74,8 +84,15 @@ class Bundle(NamedTuple):
         return os.path.join(self.directory, "rootfs")
 
 
-def make_bundle(image: str, directory: str, options: BundleOptions, roots: RootProvider) -> Bundle:
+def make_bundle(
+    image: str,
+    directory: str,
+    options: BundleOptions,
+    roots: RootProvider,
+    on_mounted: Callable[[MountedImage], object] = lambda image: None,
+) -> Bundle:
     """Makes a bundle of `image` in `directory`, which must not exist or be empty; its mode becomes 0700.
+    `on_mounted` is told what it will be made of, before the configuration is written.
 
     The root stays mounted: `roots.detach` and `delete_bundle` end it. On any failure nothing is
     left mounted or written. Raises UserError for `directory`, and what mounting and conversion raise.
@@ -91,8 +108,9 @@ def make_bundle(image: str, directory: str, options: BundleOptions, roots: RootP
             os.mkdir(upper, 0o700)
             os.mkdir(work, 0o700)
             mount = mount._replace(upperdir=upper, workdir=work)
-        config = roots.attach(image, rootfs, mount)
-        return write_bundle(directory, config, options.user, options.spec)
+        mounted = roots.attach(image, rootfs, mount)
+        on_mounted(mounted)
+        return write_bundle(directory, mounted.config, options.user, options.spec)
     except BaseException as error:
         roots.detach(rootfs)
         delete_bundle(directory, keep_itself=existed)
@@ -141,7 +159,7 @@ def write_bundle(directory: str, config: ImageConfig, user: str | None, spec: Sp
                 f"the working directory {cwd[:80]!r} leads by a symbolic link to /proc, which is refused",
                 "choose another with -w",
             )
-    _write(os.path.join(directory, "config.json"), json.dumps(document, indent=1).encode(), 0o600)
+    _write(os.path.join(directory, BUNDLE_CONFIG), json.dumps(document, indent=1).encode(), 0o600)
     return Bundle(directory, (*notes, *more_notes), config.stop_signal)
 
 

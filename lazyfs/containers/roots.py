@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from lazyfs.cache import places
-from lazyfs.core.oci.documents import ImageConfig
+from lazyfs.containers.bundle import MountedImage
 from lazyfs.images.cached import cached_config
 from lazyfs.mounting import mount, unmount
 from lazyfs.mounting.lease import SILENT, Reporter
@@ -19,10 +19,11 @@ class MountedRoots:
     def __init__(self, reporter: Reporter = SILENT) -> None:
         self._reporter = reporter
 
-    def attach(self, image: str, target: str, options: MountOptions) -> ImageConfig:
+    def attach(self, image: str, target: str, options: MountOptions) -> MountedImage:
         mounted = mount.mount(image, target, options, reporter=self._reporter)
         try:
-            return cached_config(places.cache_directory(options.cache), mounted.manifest_digest)
+            config = cached_config(places.cache_directory(options.cache), mounted.manifest_digest)
+            return MountedImage(config, mounted.manifest_digest, mounted.image)
         except BaseException:
             self.detach(target)
             raise

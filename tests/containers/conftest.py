@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.containers import run as containers_run
 from tests.containers.lazyrun import Runner, make_template
 
 
@@ -20,10 +19,9 @@ def template(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(
-    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    template: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Runner]:
     state = tmp_path / "state"
-    monkeypatch.setattr(containers_run, "containers_directory", lambda: str(state))
     runner = Runner(template, state, capfd)
     yield runner
     mounts = Path("/proc/self/mountinfo").read_text()

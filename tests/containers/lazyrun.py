@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from lazyfs.containers import run
-from tests.containers.plainroots import PlainRoots, run_arguments
+from tests.containers.plainroots import PlainRoots, run_plainly
 
 APPLETS = (
     "sh",
@@ -74,7 +73,7 @@ class Runner:
         self.roots = PlainRoots(template)
 
     def status(self, *arguments: str) -> int:
-        return run.run(run_arguments(list(arguments)), self.roots)
+        return run_plainly(list(arguments), self.state, self.roots)
 
     def __call__(self, *arguments: str) -> str:
         status = self.status("--rm", *arguments)

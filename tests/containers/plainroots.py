@@ -7,14 +7,17 @@ and containers' directories below STATE.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from lazyfs.containers import run
-from lazyfs.core.oci.documents import ImageConfig, parse_config
+from lazyfs.commands.arguments import parser
+from lazyfs.commands.containers import run_request, say
+from lazyfs.containers.bundle import MountedImage, RootProvider
+from lazyfs.containers.run import run
+from lazyfs.containers.store import ContainerStore
+from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.mounting.options import MountOptions
 from lazyfs.system.mountinfo import mount_at
@@ -27,7 +30,7 @@ class PlainRoots:
         self.template = template
         self.detached = 0
 
-    def attach(self, image: str, target: str, options: MountOptions) -> ImageConfig:
+    def attach(self, image: str, target: str, options: MountOptions) -> MountedImage:
         if image == "missing":
             raise HostError("there is no such image")
         if image == "slow":
@@ -45,7 +48,7 @@ class PlainRoots:
         else:
             command = ["mount", "--bind", "-o", "ro", str(lower), target]
         subprocess.run(command, check=True)
-        return parse_config((self.template / "config.json").read_bytes())
+        return mounted_image(self.template)
 
     def detach(self, target: str) -> None:
         self.detached += 1
@@ -53,16 +56,20 @@ class PlainRoots:
             subprocess.run(["umount", target], check=True)
 
 
-def run_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    run.add_run_arguments(parser)
-    return parser.parse_args(arguments)
+def mounted_image(template: Path) -> MountedImage:
+    config = parse_config((template / "config.json").read_bytes())
+    return MountedImage(config, "sha256:" + "ab" * 32, "plain:image")
+
+
+def run_plainly(arguments: list[str], state: Path, roots: RootProvider) -> int:
+    """`lazyfs run` with these arguments."""
+    args = parser(["run"]).parse_args(["run", *arguments])
+    return run(run_request(args), ContainerStore(str(state)), roots, say)
 
 
 def main(template: str, state: str, *arguments: str) -> int:
-    run.containers_directory = lambda: state
     try:
-        return run.run(run_arguments(list(arguments)), PlainRoots(Path(template)))
+        return run_plainly(list(arguments), Path(state), PlainRoots(Path(template)))
     except LazyfsError as error:
         print(f"lazyfs: {error}", file=sys.stderr)
         return error.exit_code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -13,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from lazyfs.containers import run
-from lazyfs.containers.bundle import BundleOptions, delete_bundle, make_bundle
+from lazyfs.commands import containers
+from lazyfs.commands.arguments import parser
+from lazyfs.containers.bundle import BundleOptions, MountedImage, delete_bundle, make_bundle
 from lazyfs.containers.imageroot import ImageRoot
-from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import HostError, ImageError, LazyfsError, UserError
 from lazyfs.mounting.options import MountOptions
 from tests.containers.lazyrun import DEADLINE_S, Runner, configure, make_template
-from tests.containers.plainroots import PlainRoots, run_arguments
+from tests.containers.plainroots import PlainRoots, mounted_image, run_plainly
 
 ORDINARY = 12345  # an id that no account has
 
@@ -134,13 +133,11 @@ def test_a_bundle_stays_and_runs_under_plain_runc(template: Path, tmp_path: Path
 def test_the_bundle_command_says_what_to_do_next(
     template: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
-    run.add_bundle_arguments(parser)
     directory = tmp_path / "bundle"
     roots = PlainRoots(template)
-    args = parser.parse_args(["-e", "A=1", "--read-only", "image", str(directory), "sh", "-c", "exit 0"])
+    words = ["bundle", "-e", "A=1", "--read-only", "image", str(directory), "sh", "-c", "exit 0"]
     try:
-        assert run.bundle(args, roots) == 0
+        assert containers.bundle(parser(words).parse_args(words), roots) == 0
         captured = capfd.readouterr()
         assert captured.out == f"{directory}\n"
         assert f"lazyfs umount {directory}/rootfs" in captured.err
@@ -179,10 +176,10 @@ class CopiedRoots:
     def __init__(self, template: Path) -> None:
         self.template = template
 
-    def attach(self, image: str, target: str, options: MountOptions) -> ImageConfig:
+    def attach(self, image: str, target: str, options: MountOptions) -> MountedImage:
         assert not (options.writable or options.dev or options.suid)
         shutil.copytree(self.template / "root", target, symlinks=True, dirs_exist_ok=True)
-        return parse_config((self.template / "config.json").read_bytes())
+        return mounted_image(self.template)
 
     def detach(self, target: str) -> None:
         pass
@@ -204,7 +201,7 @@ def as_ordinary_user(home: Path, roots: CopiedRoots, *arguments: str) -> tuple[i
             os.environ.pop("XDG_RUNTIME_DIR", None)
             os.environ.pop("XDG_STATE_HOME", None)
             sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115  (this process ends here)
-            status = run.run(run_arguments(list(arguments)), roots)
+            status = run_plainly(list(arguments), home / "containers", roots)
         except LazyfsError as error:
             os.write(1, str(error).encode())
         finally:
@@ -225,4 +222,4 @@ def test_an_ordinary_user_runs_a_container(public: Path) -> None:
     status, output = as_ordinary_user(home, roots, "--rm", "-u", "bob", "image")
     assert status == 99
     assert "uid 1000" in output
-    assert not any((home / ".local" / "state" / "lazyfs" / "containers").iterdir())
+    assert not any((home / "containers").iterdir())

@@ -8,11 +8,14 @@ import pty
 import signal
 import struct
 import subprocess
+import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
 
+from lazyfs.containers.store import ContainerStore
 from lazyfs.errors import HostError, ImageError, UserError
 from tests.containers.lazyrun import DEADLINE_S, Runner, configure, first_line, started
 
@@ -63,6 +66,40 @@ def test_without_rm_the_files_stay_and_their_place_is_said(run: Runner, capfd: p
     with pytest.raises(UserError, match="already"):
         run.status("--name", KEPT, "image")
     assert (directory / "upper" / "written").exists()
+
+
+def test_what_stays_is_recorded(run: Runner) -> None:
+    before_s = time.time()
+    run.status("--name", KEPT, "image")
+    store = ContainerStore(str(run.state))
+    [listed] = store.listing()
+    container = listed.container
+    assert (listed.name, listed.held) == (KEPT, False) and container is not None
+    assert container.directory == str(run.state / KEPT) and container.keep
+    assert container.image == "plain:image" and container.manifest_digest == "sha256:" + "ab" * 32
+    assert container.platform == "linux/amd64" and before_s <= container.created_s <= time.time()
+    store.remove(KEPT)
+    assert store.listing() == [] and not any(run.state.iterdir())
+
+
+@pytest.mark.parametrize("command", [["slow"], ["--rm", "image", "sh", "-c", "echo ready; exec sleep 9"]])
+def test_the_name_of_a_killed_run_is_free_again(
+    template: Path, run: Runner, command: list[str]
+) -> None:
+    """Killed while it mounts, and, when nothing was to be kept, while its container ran."""
+    words = [sys.executable, "-m", "tests.containers.plainroots", str(template), str(run.state), "--name", KEPT]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([*words, *command], cwd=root, text=True, stdout=subprocess.PIPE) as process:
+        first_line(process)
+        with pytest.raises(UserError, match=KEPT):
+            run.status("--name", KEPT, "image")
+        process.kill()
+        process.wait(DEADLINE_S)
+    [left] = ContainerStore(str(run.state)).listing()
+    assert not left.held
+    subprocess.run(["runc", "delete", "--force", KEPT], check=False, stderr=subprocess.DEVNULL)
+    assert run.shell("echo again", "--name", KEPT) == "again\n"
+    assert not any(run.state.iterdir())
 
 
 def test_with_rm_even_hostile_leftovers_go(run: Runner) -> None:
