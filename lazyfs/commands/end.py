@@ -16,6 +16,6 @@ def end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:  # noqa: SIM105 - contextlib takes 2 ms to import
             stream.flush()
-        except (OSError, ValueError):
-            pass  # whoever read it has gone
+        except (OSError, ValueError, AttributeError):
+            pass  # whoever read it has gone, or it was closed before the start
     os._exit(code)

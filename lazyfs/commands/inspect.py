@@ -64,6 +64,11 @@ def inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
+    _print(report)
+    return 0
+
+
+def _print(report: dict[str, Any]) -> None:
     print(f"{report['image']}  {report['platform']}  {human_bytes(report['image_bytes'])}")
     print(f"manifest  {report['manifest_digest']}")
     hint = {"none": " (lazyfs index --push attaches one)", "damaged": " (lazyfs index --push attaches a sound one)"}
@@ -81,4 +86,3 @@ def inspect(args: argparse.Namespace) -> int:
         for layer in report["layers"]
     ]
     sys.stdout.write(table(["LAYER", "SIZE", "TAR", "STORED", "MEDIA TYPE"], rows, right=(1, 2)))
-    return 0

@@ -111,17 +111,51 @@ def build_spec(
     not have, UserError for what the user asked.
     """
     notes: list[str] = []
-    rootless = bool(options.uid_ranges)
-    additional_gids = account.additional_gids
-    if rootless and additional_gids:
-        additional_gids = ()
+    if options.uid_ranges and account.additional_gids:
+        account = account._replace(additional_gids=())
         notes.append("supplementary groups are left out: a container of an ordinary user cannot set them")
+    spec: dict[str, Any] = {
+        "ociVersion": "1.0.2",
+        "process": _process(config, account, options),
+        "root": {"path": "rootfs", "readonly": options.read_only},
+        "mounts": [_mount(m) for m in all_mounts(options)],
+        "linux": _linux(options),
+    }
+    if options.hostname:
+        spec["hostname"] = options.hostname
+    if annotations := _annotations(config, notes):
+        spec["annotations"] = annotations
+    return spec, tuple(notes)
+
+
+def _process(config: ImageConfig, account: Account, options: SpecOptions) -> dict[str, Any]:
     capabilities = list(CAPABILITIES)
     active = capabilities if account.uid == 0 else []
     user: dict[str, Any] = {"uid": account.uid, "gid": account.gid}
-    if additional_gids:
-        user["additionalGids"] = list(additional_gids)
-    annotations = _annotations(config, notes)
+    if account.additional_gids:
+        user["additionalGids"] = list(account.additional_gids)
+    process: dict[str, Any] = {
+        "terminal": options.terminal,
+        "user": user,
+        "args": _arguments(config, options),
+        "env": _environment(config, account, options),
+        "cwd": working_directory(config, options.cwd),
+        "capabilities": {
+            "bounding": capabilities,
+            "effective": active,
+            "permitted": active,
+            "inheritable": [],  # CVE-2022-24769
+            "ambient": [],
+        },
+        "noNewPrivileges": True,
+    }
+    if options.terminal and options.terminal_size:
+        columns, lines = options.terminal_size
+        process["consoleSize"] = {"width": columns, "height": lines}
+    return process
+
+
+def _linux(options: SpecOptions) -> dict[str, Any]:
     linux: dict[str, Any] = {
         "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")],
         "maskedPaths": list(MASKED_PATHS),
@@ -129,42 +163,14 @@ def build_spec(
     }
     if options.cgroup_namespace:
         linux["namespaces"].append({"type": "cgroup"})
-    if rootless:
+    if options.uid_ranges:
         linux["namespaces"].append({"type": "user"})
         linux["uidMappings"] = [_mapping(r) for r in options.uid_ranges]
         linux["gidMappings"] = [_mapping(r) for r in options.gid_ranges]
     else:
         # runc itself lets the harmless devices of /dev through (null, zero, full, random, urandom, tty, pts)
         linux["resources"] = {"devices": [{"allow": False, "access": "rwm"}]}
-    spec: dict[str, Any] = {
-        "ociVersion": "1.0.2",
-        "process": {
-            "terminal": options.terminal,
-            "user": user,
-            "args": _arguments(config, options),
-            "env": _environment(config, account, options),
-            "cwd": working_directory(config, options.cwd),
-            "capabilities": {
-                "bounding": capabilities,
-                "effective": active,
-                "permitted": active,
-                "inheritable": [],  # CVE-2022-24769
-                "ambient": [],
-            },
-            "noNewPrivileges": True,
-        },
-        "root": {"path": "rootfs", "readonly": options.read_only},
-        "mounts": [_mount(m) for m in all_mounts(options)],
-        "linux": linux,
-    }
-    if options.terminal and options.terminal_size:
-        columns, lines = options.terminal_size
-        spec["process"]["consoleSize"] = {"width": columns, "height": lines}
-    if options.hostname:
-        spec["hostname"] = options.hostname
-    if annotations:
-        spec["annotations"] = annotations
-    return spec, tuple(notes)
+    return linux
 
 
 def all_mounts(options: SpecOptions) -> list[Mount]:
