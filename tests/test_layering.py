@@ -139,8 +139,6 @@ LONG_FILES = {
     "tests/mounting/test_client.py",
 }
 LONG_FUNCTIONS = {
-    "lazyfs/commands/inspect.py: inspect",
-    "lazyfs/containers/spec.py: build_spec",
     "tests/indexing/test_tree_umoci.py: test_every_rule",
 }
 

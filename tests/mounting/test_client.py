@@ -293,7 +293,7 @@ def test_another_backend_mends_no_full_disk(mount: Mount) -> None:
     """Only what this backend cannot do is tried with the other one."""
     seen: list[str] = []
     with pytest.raises(HostError, match="no space left"):
-        mount("diskfull", on_progress=seen.append)
+        mount("diskfull", reporter=Reporter(seen.append))
     assert not any("backend=fuse" in text for text in seen)
 
 
