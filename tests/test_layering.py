@@ -134,9 +134,7 @@ def test_the_design_quotes_the_rooms() -> None:
 LONG_FILES = {
     "lazyfs/daemon/keeper.py",
     "lazyfs/daemon/worker.py",
-    "tests/containers/test_runspec.py",
     "tests/daemon/test_fuse_root.py",
-    "tests/mounting/test_client.py",
 }
 LONG_FUNCTIONS = {
     "tests/indexing/test_tree_umoci.py: test_every_rule",

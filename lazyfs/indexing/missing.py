@@ -28,13 +28,14 @@ Bars = Callable[[], AbstractContextManager[Callable[[LayerProgress], None]]]
 
 
 def build_missing_index(
-    image: str, cache_path: str, access: Access, push: bool, bars: Bars | None = None
+    image: str, cache_path: str, access: Access, push: bool, bars: Bars | None = None, known: str | None = None
 ) -> None:
-    """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index."""
+    """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index. `known`: the
+    manifest's digest, if the caller knows it; one that is in the cache is not asked for again."""
     cache = BlockCache(cache_path)
 
     async def work() -> None:
-        async with resolved_image(cache, image, access) as resolved:
+        async with resolved_image(cache, image, access, known) as resolved:
             built = await build(cache, resolved, fill=True, bars=bars)
             if push:
                 await push_index(cache, resolved, built)
@@ -43,10 +44,12 @@ def build_missing_index(
 
 
 @contextlib.asynccontextmanager
-async def resolved_image(cache: BlockCache, image: str, access: Access) -> AsyncIterator[Resolved]:
+async def resolved_image(
+    cache: BlockCache, image: str, access: Access, known: str | None = None
+) -> AsyncIterator[Resolved]:
     """The resolved image; its source is closed at the end."""
     with trio.fail_after(DOCUMENTS_S):
-        resolved = await resolve(cache, image, access)
+        resolved = await resolve(cache, image, access, known)
     try:
         yield resolved
     finally:

@@ -131,7 +131,9 @@ def until_indexed(wanted: Wanted, ask: Callable[[], dict[str, Any]], reporter: R
     reporter.progress(f"{image} has no index: reading its layers once (`lazyfs index --push` attaches one)")
     from lazyfs.indexing.missing import build_missing_index
 
-    build_missing_index(image, wanted.cache, wanted.access, wanted.push_index, reporter.bars)
+    known = reply.get("manifest_digest")
+    known = known if isinstance(known, str) else None  # the very one that was found to lack an index
+    build_missing_index(image, wanted.cache, wanted.access, wanted.push_index, reporter.bars, known)
     reply = ask()
     if reply.get("needs_index") is True:
         raise HostError(

@@ -1,97 +1,27 @@
-"""The client's side of mount and umount, against a stand-in daemon and the real kernel."""
+"""The client's side of a mount, against a stand-in daemon and the real kernel."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lazyfs.control import query, rundir
+from lazyfs.control import rundir
 from lazyfs.errors import HostError, LazyfsError, RemoteError, UserError
 from lazyfs.mounting import launch, unmount
-from lazyfs.mounting.attach import Mounted
 from lazyfs.mounting.lease import Reporter
-from lazyfs.mounting.mount import mount as mount_image
-from lazyfs.mounting.options import parse
 from lazyfs.mounting.target import AlreadyMounted
 from lazyfs.sources.access import Access
-from lazyfs.system.mountapi import MNT_DETACH, umount2
 from lazyfs.system.mountinfo import mount_at
 from lazyfs.system.mountinfo import mounts as all_mounts
+from tests.mounting.standin import FAKE, Mount, attributes, said, uppers
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-FAKE = ROOT / "tests/fakedaemon.py"
-
-
-@pytest.fixture(scope="module")
-def erofs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small EROFS image, made by the ordinary tool."""
-    base = tmp_path_factory.mktemp("erofs")
-    tree = base / "tree"
-    tree.mkdir(mode=0o751)
-    (tree / "file").write_text("from the image\n")
-    (tree / "script").write_text("#!/bin/sh\nexit 7\n")
-    (tree / "script").chmod(0o4755)
-    os.mknod(tree / "null", 0o20666, os.makedev(1, 3))
-    os.chown(tree, 12, 34)
-    os.setxattr(tree, "user.note", b"root")
-    os.utime(tree, (1_000_000_000, 1_000_000_000))
-    subprocess.run(
-        ["mkfs.erofs", "-T1000000000", str(base / "image"), str(tree)], check=True, capture_output=True
-    )
-    return base / "image"
-
-
-@pytest.fixture
-def fake(cache: Path, erofs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache directory of stand-in daemons, which mounts start as they would start the real ones."""
-    (cache / "indexes/fake").mkdir(parents=True)
-    shutil.copy(erofs, cache / "indexes/fake/namespace.erofs")
-    monkeypatch.setattr(launch, "python_command", lambda *words: [sys.executable, "-P", str(FAKE), *words])
-    return cache
-
-
-Mount = Callable[..., Mounted]
-
-
-@pytest.fixture
-def mount(fake: Path, target: Path) -> Mount:
-    def run(image: str = "indexed", options: str = "", place: Path = target, **more: Any) -> Mounted:
-        return mount_image(image, str(place), parse([f"cache={fake}", options]), **more)
-
-    return run
-
-
-@pytest.fixture
-def second(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "second"
-    place.mkdir()
-    yield place
-    while mount_at(str(place)) is not None:
-        umount2(str(place), MNT_DETACH)
-
-
-def said(cache: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (cache / "said").read_text().splitlines()]
-
-
-def attributes(target: Path) -> set[str]:
-    entry = mount_at(str(target))
-    assert entry is not None
-    return set(entry.options) & {"ro", "rw", "nodev", "nosuid", "noexec"}
-
-
-def uppers(cache: Path) -> list[Path]:
-    return list((cache / "uppers").glob("*"))
-
+ROOT = Path(__file__).resolve().parents[2]
 
 # -- mounting --------------------------------------------------------------------------------------------
 
@@ -300,8 +230,8 @@ def test_another_backend_mends_no_full_disk(mount: Mount) -> None:
 def test_a_missing_index_is_built_once(mount: Mount, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, bool]] = []
 
-    def build_missing_index(reference: str, cache: str, access: Access, push: bool, bars: object) -> None:
-        assert cache == str(fake) and bars is None
+    def build_missing_index(reference: str, cache: str, access: Access, push: bool, *more: object) -> None:
+        assert cache == str(fake) and more[0] is None
         calls.append((reference, push))
         (fake / "built").touch()
 
@@ -383,66 +313,3 @@ def test_a_fuse_process_that_dies_says_why(mount: Mount, fake: Path, target: Pat
     with pytest.raises(HostError, match="something terrible happened"):
         mount("dies", "backend=fuse")
     assert not list(Path(rundir.runtime_directory(str(fake))).glob("root-*"))
-
-
-# -- unmounting ------------------------------------------------------------------------------------------
-
-
-def test_umount_names_who_uses_it(mount: Mount, target: Path, second: Path) -> None:
-    mount()
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, cwd=target) as user:
-        with pytest.raises(unmount.Busy) as caught:
-            unmount.umount(str(target))
-        assert f"cat ({user.pid})" in str(caught.value) and caught.value.exit_code == 32
-        unmount.umount(str(target), lazy=True)
-        user.communicate()
-    assert mount_at(str(target)) is None
-
-
-def test_umount_names_what_is_mounted_below(mount: Mount, target: Path) -> None:
-    mount(options="rw")
-    (target / "inner").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "none", str(target / "inner")], check=True)
-    try:
-        with pytest.raises(unmount.Busy, match=r"mounted below it: .*inner"):
-            unmount.umount(str(target))
-    finally:
-        subprocess.run(["umount", str(target / "inner")], check=True)
-
-
-def test_users_of_open_and_mapped_files(mount: Mount, target: Path) -> None:
-    mount()
-    code = "import mmap,sys; f=open(sys.argv[1],'rb'); m=mmap.mmap(f.fileno(),0,prot=1); f.close(); input()"
-    with (
-        subprocess.Popen(
-            [sys.executable, "-c", f"print(flush=True);{code}", str(target / "file")], stdin=-1, stdout=-1
-        ) as user,
-        open(target / "file"),
-    ):
-        assert user.stdout is not None
-        user.stdout.readline()
-        while not any(pid == user.pid for pid, _ in unmount.users_of(str(target))):
-            assert user.poll() is None
-        user.communicate(b"\n")
-
-
-def test_umount_waits_until_the_daemon_has_let_go(mount: Mount, fake: Path, target: Path) -> None:
-    mounted = mount(options="rw")
-    served = query.serving(mounted.dev)
-    assert served is not None and served.reply["requests"] == 3
-    unmount.umount(str(target), wait=True)
-    assert [line["op"] for line in said(fake)][-1] == "list"
-
-
-def test_umount_touches_only_lazyfs_mounts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a lazyfs mount"):
-        unmount.umount(str(tmp_path))
-    with pytest.raises(UserError, match="not a lazyfs mount"):
-        unmount.umount("/proc")
-
-
-def test_plain_umount_is_as_good(mount: Mount, target: Path) -> None:
-    mounted = mount()
-    subprocess.run(["umount", str(target)], check=True)
-    assert mount_at(str(target)) is None
-    unmount.wait_until_unmounted(mounted.target, mounted.dev)
