@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
 
 from lazyfs.cache.places import NAMESPACE
 from lazyfs.control import client, messages, rundir
 from lazyfs.errors import LazyfsError, UserError
+from lazyfs.records import NamedTuple
 from lazyfs.system.mountinfo import MountEntry, mount_at
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ANSWER_S = 10.0
 

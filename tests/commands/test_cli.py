@@ -142,6 +142,10 @@ HEAVY = {
 }  # fmt: skip
 
 
+# What neither a mount nor an umount loads.
+LIGHT = {*HEAVY, "argparse", "collections", "contextlib", "enum", "json", "re", "socket", "typing"}
+
+
 def modules_after(code: str) -> set[str]:
     """What a fresh interpreter has imported after `code`: counted rather than timed."""
     command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
@@ -168,7 +172,12 @@ def test_the_light_path_stays_light() -> None:
         "from lazyfs.system import detached, mountapi, startup\n"
         "usual.parse(['mount']); options.parse(['rw,cache=/c'])"
     )
-    assert not loaded & {*HEAVY, "argparse", "collections", "contextlib", "enum", "json", "re", "socket", "typing"}
+    assert not loaded & LIGHT
+
+
+def test_so_does_the_way_out() -> None:
+    loaded = modules_after("from lazyfs.commands import end, main, mount, usual\nfrom lazyfs.mounting import unmount")
+    assert not loaded & LIGHT
 
 
 # -- doctor ----------------------------------------------------------------------------------------------
