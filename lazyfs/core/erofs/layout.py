@@ -6,6 +6,9 @@ never crosses a block end: the kernel demands that of the tail; the gaps are fil
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from lazyfs.core.erofs.format import (
     ACL_ACCESS,
     ACL_DEFAULT,
@@ -20,8 +23,9 @@ from lazyfs.core.erofs.format import (
     acl_is_valid,
     xattr_body,
 )
+from lazyfs.core.erofs.unread import PlainFiles
 from lazyfs.core.tar.reader import Kind
-from lazyfs.core.tar.tree import Node
+from lazyfs.core.tar.tree import Node, UnreadChildren
 from lazyfs.errors import ImageError
 
 _HINT = "the image itself is at fault: build it again, or report it to its publisher"
@@ -40,7 +44,10 @@ class Layout:
         self.files: dict[Node, int] = {}  # regular files with data and without attributes -> byte position
         self.file_numbers: list[int] = []
         self.records: list[Record] = []  # all others
-        self.nids: dict[Node, int] = {}
+        self.unread: PlainFiles | None = None  # of which `copies` are
+        self.copies: dict[int, int] = {}  # files that nobody asked for, by the nid they had -> byte position
+        self.copy_numbers: list[int] = []
+        self.nids: dict[Node | int, int] = {}
         self.parents: dict[Node, Node] = {}
         self.names: dict[Node, list[bytes]] = {}  # of each directory, sorted, with "." and ".."
         self.outside: dict[Node, int] = {}  # where content outside the records begins
@@ -56,11 +63,12 @@ class Layout:
         while pending:
             directory = pending.pop()
             subdirectories = []
-            children = directory.children or {}
-            for name in self.names[directory]:
-                child = children.get(name)
-                if child is None:
-                    continue  # "." or ".."
+            for name, child in self._entries(directory):
+                if type(child) is int:
+                    self.copies[child] = position = self._allocate(FILE.size)
+                    nids[child] = position // SLOT_BYTES
+                    self.copy_numbers.append(len(nids))
+                    continue
                 kind = child.kind
                 if kind is _IS_DIR:
                     if child in self.parents:
@@ -81,6 +89,19 @@ class Layout:
             pending.extend(reversed(subdirectories))
         self._place_outside()
 
+    def _entries(self, directory: Node) -> Iterable[tuple[bytes, Any]]:
+        """Children in the order of their names; a number for a file that nobody asked for."""
+        children = directory.children or {}
+        if isinstance(children, UnreadChildren):
+            if self.unread is None:
+                assert isinstance(children.files, PlainFiles)
+                self.unread = children.files
+            assert children.files is self.unread
+            if children.block:
+                return children.raw_items()
+        names = (name for name in self.names[directory] if name in children)
+        return [(name, dict.get(children, name)) for name in names]
+
     def _place(self, node: Node) -> None:
         body = xattr_body(_kept_xattrs(node)) if node.xattrs else b""
         fixed = INODE_BYTES + len(body)
@@ -89,8 +110,12 @@ class Layout:
             if node.size:
                 fixed += -fixed % CHUNK_INDEX.size + CHUNK_INDEX.size
         elif node.kind == Kind.DIR:
-            self.names[node] = names = _sorted_names(node.children or {})
-            size = tail = sum(map(len, names)) + DIRENT.size * len(names)
+            children = node.children or {}
+            if isinstance(children, UnreadChildren) and children.block:
+                size = tail = len(children.block)
+            else:
+                self.names[node] = names = _sorted_names(children)
+                size = tail = sum(map(len, names)) + DIRENT.size * len(names)
             if size > BLOCK_BYTES:
                 blocks, tail = directory_blocks(names)
                 size = (len(blocks) - 1) * BLOCK_BYTES + tail

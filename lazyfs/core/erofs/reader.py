@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import operator
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import compress
+from operator import itemgetter
+from typing import Any
 
 from lazyfs.core.erofs.format import (
-    BLOCK_BITS,
     BLOCK_BYTES,
-    CHUNK_BYTES,
-    CHUNK_FORMAT,
-    FILE,
-    FORMAT_CHUNKS,
-    ID_MAX,
-    INODE_BYTES,
+    DIRENT,
+    NAME_MAX,
     NSEC_PER_S,
     RDEV_MAJOR_MAX,
-    SLOT_BYTES,
     Device,
 )
 from lazyfs.core.erofs.metadata import Inode, Metadata, damaged
+from lazyfs.core.erofs.unread import PlainFiles
 from lazyfs.core.tar.reader import Kind
-from lazyfs.core.tar.tree import Node
+from lazyfs.core.tar.tree import Node, UnreadChildren
 
 __all__ = ["Device", "ErofsReader", "Inode"]
 
 _IS_FILE, _IS_DIR = Kind.FILE, Kind.DIR
-_REGULAR = 0o100000
+_FILE_TYPE = int(Kind.FILE)
+_IS_FILE_TYPE = bytes(file_type == _FILE_TYPE for file_type in range(256))
+_IS_OTHER_TYPE = bytes(file_type != _FILE_TYPE for file_type in range(256))
 _PERMISSIONS = 0o7777
 
 
@@ -97,60 +100,79 @@ class ErofsReader(Metadata):
         parents, or directories overlap; of the rest of `check` nothing is looked at.
         """
         layers = range(len(self.devices)) if numbers is None else numbers
+        files = PlainFiles(self.buffer, self.devices, layers)
         root = self._node(self.root_nid, layers)
         nodes = {self.root_nid: root}
         pending = [(self.root_nid, root)]
+        plain: list[int] = []  # what seem to be plain files, of all directories
+        places: list[tuple[int, dict[bytes, Any], list[bytes]]] = []  # where in `plain` those of a directory begin
         content = 0
         while pending:
             nid, directory = pending.pop()
             content += self._directory(nid)[0]
             if content > self.length:
                 raise damaged("directories overlap")
-            children = directory.children
-            assert children is not None
-            for name, child, _ in self.entries(nid):
-                node = nodes.get(child)
-                if name in (b".", b".."):
-                    continue
-                if node is None:
-                    nodes[child] = node = self._file(child, layers) or self._node(child, layers)
+            names, nids, types, block = self._listing(nid)
+            children: dict[bytes, Any] = dict(zip(names, nids, strict=True))
+            if len(children) != len(names) or not {b".", b".."} <= children.keys():
+                raise damaged(f"bad names in directory {nid}")
+            is_file = types.translate(_IS_FILE_TYPE)
+            places.append((len(plain), children, list(compress(names, is_file))))
+            plain += compress(nids, is_file)
+            for name, child, kind in compress(zip(names, nids, types, strict=True), types.translate(_IS_OTHER_TYPE)):
+                if name not in (b".", b".."):
+                    children[name] = node = self._shared(child, nodes, layers, kind)
                     if node.kind is _IS_DIR:
                         pending.append((child, node))
-                elif node.kind is _IS_DIR:
-                    raise damaged(f"directory {child} has two parents")
-                children[name] = node
+            del children[b"."], children[b".."]
+            dots = (names.index(b"."), names.index(b".."))
+            directory.children = UnreadChildren(children, files, block, dots)
+            places[-1] = (places[-1][0], directory.children, places[-1][2])
+        flags = files.plain(plain)
+        if flags is None:
+            raise damaged("a file is not sound")
+        for number in compress(range(len(plain)), map(operator.not_, flags)):
+            start, children, names = places[bisect_right(places, number, key=itemgetter(0)) - 1]
+            dict.__setitem__(children, names[number - start], self._shared(plain[number], nodes, layers, _FILE_TYPE))
         return root
 
-    def _file(self, nid: int, layers: Sequence[int]) -> Node | None:
-        """The node of a sound regular file with data and without attributes, as most inodes are; else None."""
-        position = nid * SLOT_BYTES
-        if not 0 <= position <= self.length - FILE.size or position % BLOCK_BYTES > BLOCK_BYTES - INODE_BYTES:
-            return None
-        (
-            layout, xattr_count, mode, reserved, size, chunk_format, _, uid, gid, mtime_s, mtime_ns, nlink, advise,
-            device_id, block,
-        ) = FILE.unpack_from(self.buffer, position)  # fmt: skip
-        address = block << BLOCK_BITS
-        if (
-            layout != FORMAT_CHUNKS
-            or mode & ~_PERMISSIONS != _REGULAR
-            or chunk_format != CHUNK_FORMAT
-            or xattr_count
-            or reserved
-            or advise
-            or uid > ID_MAX
-            or gid > ID_MAX
-            or mtime_ns >= NSEC_PER_S
-            or not nlink
-            or not 0 < device_id <= len(self.devices)
-            or not 0 < size <= CHUNK_BYTES
-            or address + size > self.devices[device_id - 1].size_bytes
-        ):
-            return None
-        return Node(
-            _IS_FILE, mode & _PERMISSIONS, uid, gid, mtime_s, mtime_ns, size, b"", 0, 0, {}, None,
-            layers[device_id - 1], address, nlink,
-        )  # fmt: skip
+    def _shared(self, nid: int, nodes: dict[int, Node], layers: Sequence[int], file_type: int) -> Node:
+        """The one node of an inode, which is of this type, and no directory that is known already."""
+        node = nodes.get(nid)
+        if node is None:
+            nodes[nid] = node = self._node(nid, layers)
+        elif node.kind is _IS_DIR:
+            raise damaged(f"directory {nid} has two parents")
+        if node.kind != file_type:
+            raise damaged(f"wrong file type of inode {nid}")
+        return node
+
+    def _listing(self, nid: int) -> tuple[list[bytes], Sequence[int], bytes, bytes]:
+        """Names, nids and types of a directory's entries, and its one block if it is of the form that the writer gives
+        it; else b""."""
+        size, blocks, rest = self._directory(nid)
+        if size <= BLOCK_BYTES:
+            base, end = self._block(0, size, blocks, rest)
+            block = bytes(self.buffer[base:end])
+            heads_bytes = DIRENT.size * self._dirents(base, end)
+            heads = array("I", block[:heads_bytes])
+            starts = array("H", block[:heads_bytes])[4::6]
+            names = [block[start:stop] for start, stop in zip(starts, [*starts[1:], len(block)], strict=True)]
+            text = block[heads_bytes:]
+            if (
+                starts[0] == heads_bytes
+                and max(map(len, names)) <= NAME_MAX
+                and not any(heads[1::3])
+                and not any(block[DIRENT.size - 1 : heads_bytes : DIRENT.size])
+                and b"/" not in text
+                and b"\0" not in text
+                and all(map(operator.lt, names, names[1:]))  # so none but the first can be empty
+                and names[0]
+            ):
+                return names, heads[0::3], block[DIRENT.size - 2 : heads_bytes : DIRENT.size], block
+        entries = list(self.entries(nid))
+        types = bytes(file_type for _, _, file_type in entries)
+        return [name for name, _, _ in entries], [child for _, child, _ in entries], types, b""
 
     def _node(self, nid: int, layers: Sequence[int]) -> Node:
         """The node of any inode; a directory's children are missing yet."""

@@ -18,11 +18,13 @@ from __future__ import annotations
 import functools
 import operator
 import struct
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import accumulate, repeat
 from operator import attrgetter
+from typing import Any
 
 from lazyfs.core.erofs.format import (
     BLOCK_BITS,
@@ -57,8 +59,9 @@ from lazyfs.core.erofs.format import (
     superblock_checksum,
 )
 from lazyfs.core.erofs.layout import Layout, Record, directory_blocks
+from lazyfs.core.erofs.unread import PlainFiles
 from lazyfs.core.tar.reader import Kind
-from lazyfs.core.tar.tree import Node
+from lazyfs.core.tar.tree import Node, UnreadChildren
 from lazyfs.errors import ImageError
 
 __all__ = ["Device", "write_erofs"]
@@ -104,19 +107,39 @@ def _check_device(device: Device) -> None:
 
 
 def _write_inodes(image: bytearray, layout: Layout, devices: Sequence[Device], numbers: Sequence[int]) -> None:
-    if not _write_files(image, layout, devices, numbers):  # one is not right: which, and why, comes out one by one
-        files = zip(layout.file_numbers, layout.files.items(), strict=True)
-        _write_records(image, layout, devices, numbers, [(n, node, at, b"", 0, 0) for n, (node, at) in files])
+    if layout.files:
+        columns = list(zip(*map(_FILE_COLUMNS, layout.files), strict=True))
+        if not _write_files(image, layout.files.values(), layout.file_numbers, columns, devices, numbers):
+            # One is not right: which, and why, comes out one by one.
+            files = zip(layout.file_numbers, layout.files.items(), strict=True)
+            _write_records(image, layout, devices, numbers, [(n, node, at, b"", 0, 0) for n, (node, at) in files])
+    if layout.unread is not None and layout.copies:
+        _check_devices(layout.unread, layout.copies, devices, numbers)
+        layout.unread.write(image, layout.copies, layout.copy_numbers, numbers)
     _write_records(image, layout, devices, numbers, layout.records)
 
 
+def _check_devices(
+    files: PlainFiles, nids: Iterable[int], devices: Sequence[Device], numbers: Sequence[int]
+) -> None:
+    """Whether files of another namespace have the room here that they had there."""
+    rooms = files.rooms(list(nids))
+    for layer, size_bytes in rooms.items():
+        if not (0 <= layer < len(numbers) and 0 <= numbers[layer] < len(devices)):
+            raise ImageError(f"files of layer {layer} have no device", _INDEX_HINT)
+        if devices[numbers[layer]].size_bytes < size_bytes:
+            raise ImageError("a lower layer's data is smaller than its files", _INDEX_HINT)
+
+
 def _write_files(
-    image: bytearray, layout: Layout, devices: Sequence[Device], numbers: Sequence[int]
+    image: bytearray,
+    positions: Iterable[int],
+    inode_numbers: Sequence[int],
+    columns: Sequence[Sequence[int]],
+    devices: Sequence[Device],
+    numbers: Sequence[int],
 ) -> bool:
-    """All of `layout.files`, by columns, several times faster than one by one. False: one cannot be represented."""
-    if not layout.files:
-        return True
-    columns = zip(*map(_FILE_COLUMNS, layout.files), strict=True)
+    """Plain files by columns, several times faster than one by one. False: one cannot be represented."""
     modes, sizes, uids, gids, mtimes_s, mtimes_ns, nlinks, layers, addresses = columns
     if not 0 <= min(layers) <= max(layers) < len(numbers):
         return False
@@ -139,8 +162,8 @@ def _write_files(
     ids = map(operator.add, device_numbers, repeat(1))
     blocks = map(operator.rshift, addresses, repeat(BLOCK_BITS))
     writes = map(
-        FILE.pack_into, repeat(image), layout.files.values(), repeat(FORMAT_CHUNKS), repeat(0), bits, repeat(0),
-        sizes, repeat(CHUNK_FORMAT), layout.file_numbers, uids, gids, mtimes_s, mtimes_ns, nlinks, repeat(0), ids,
+        FILE.pack_into, repeat(image), positions, repeat(FORMAT_CHUNKS), repeat(0), bits, repeat(0),
+        sizes, repeat(CHUNK_FORMAT), inode_numbers, uids, gids, mtimes_s, mtimes_ns, nlinks, repeat(0), ids,
         blocks,
     )  # fmt: skip
     try:
@@ -199,20 +222,38 @@ def _write_records(
 
 def _pack_directory(directory: Node, layout: Layout) -> bytes:
     """All blocks of a directory; all but the last one filled up with zeros."""
+    known = directory.children or {}
+    if isinstance(known, UnreadChildren) and known.block:
+        return _copy_block(directory, known, layout)
     names = layout.names[directory]
-    children = {**(directory.children or {}), b".": directory, b"..": layout.parents[directory]}
+    children: dict[bytes, Any] = {**_raw(known), b".": directory, b"..": layout.parents[directory]}
     if len(names) * DIRENT.size + sum(map(len, names)) <= BLOCK_BYTES:
         return _pack_block(names, children, layout.nids)
     blocks = [_pack_block(block, children, layout.nids) for block in directory_blocks(names)[0]]
     return b"".join([block.ljust(BLOCK_BYTES, b"\0") for block in blocks[:-1]] + blocks[-1:])
 
 
-def _pack_block(names: list[bytes], children: dict[bytes, Node], nids: dict[Node, int]) -> bytes:
+def _raw(children: dict[bytes, Node]) -> dict[bytes, Any]:
+    """With numbers for files that nobody asked for."""
+    return dict(dict.items(children))
+
+
+def _copy_block(directory: Node, children: UnreadChildren, layout: Layout) -> bytes:
+    """The block of a directory in which nothing but places has changed."""
+    nids = list(map(layout.nids.__getitem__, children.raw_values()))
+    for place, node in zip(children.dots, (directory, layout.parents[directory]), strict=True):
+        nids.insert(place, layout.nids[node])
+    heads = array("I", children.block[: DIRENT.size * len(nids)])
+    heads[0::3] = array("I", nids)
+    return heads.tobytes() + children.block[DIRENT.size * len(nids) :]
+
+
+def _pack_block(names: list[bytes], children: dict[bytes, Any], nids: dict[Node | int, int]) -> bytes:
     nodes = [children[name] for name in names]
     fields = [0] * (4 * len(names))
     fields[0::4] = [nids[node] for node in nodes]
     fields[1::4] = list(accumulate(map(len, names[:-1]), initial=DIRENT.size * len(names)))
-    fields[2::4] = [node.kind for node in nodes]
+    fields[2::4] = [Kind.FILE if type(node) is int else node.kind for node in nodes]
     return b"".join((_dirents(len(names)).pack(*fields), *names))
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.erofs.writer import Device, write_erofs
-from lazyfs.core.tar.tree import Node
+from lazyfs.core.tar.tree import Node, Unread, UnreadChildren, read_nodes
 from lazyfs.errors import ImageError
 
 
@@ -42,11 +42,17 @@ def read_tree(reader: ErofsReader, content_roots: Sequence[str]) -> Node:
 def _layers_of(root: Node) -> set[int]:
     """Numbers of the layers in which data of the tree lies."""
     used: set[int] = set()
+    files: Unread | None = None
+    unread: list[int] = []
     pending = [root]
     while pending:
-        for node in (pending.pop().children or {}).values():
+        children = pending.pop().children or {}
+        if isinstance(children, UnreadChildren):
+            files = children.files
+            unread += [child for child in children.raw_values() if type(child) is int]
+        for node in read_nodes(children):
             if node.children is not None:
                 pending.append(node)
             elif node.size:
                 used.add(node.layer)
-    return used
+    return used if files is None else used | files.layers(unread)

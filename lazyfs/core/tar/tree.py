@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from lazyfs.core.tar.reader import MAX_NAME, MAX_PATH, Kind, TarEntry
 from lazyfs.errors import ImageError
@@ -46,6 +47,68 @@ class Node:
     layer: int = -1  # FILE with data: number of the layer ...
     address: int = 0  # ... and the byte in its data device where the file starts
     nlink: int = 1  # files: number of names; directories: 2 + number of subdirectories
+
+
+class Unread(Protocol):
+    """Files that were not read yet, by numbers of its own."""
+
+    def node(self, nid: int) -> Node:
+        """The inode of one: a new object, to be asked for once."""
+
+    def layers(self, nids: Sequence[int]) -> set[int]:
+        """Numbers of the layers in which their data lies."""
+
+
+class UnreadChildren(dict[bytes, Node]):
+    """The children of a directory in a tree that was read back: a plain file is a number until somebody asks for it.
+
+    get(), [], values() and items() give nodes; the raw_ ones what is there. Changed by item only. `block`: the
+    directory as it was stored, sorted as the items are, with the places of "." and ".." in it; empty if it is not
+    known, or not any more.
+    """
+
+    __slots__ = ("block", "dots", "files")
+
+    def __init__(self, children: dict[bytes, Any], files: Unread, block: bytes, dots: tuple[int, int]) -> None:
+        super().__init__(children)
+        self.files = files
+        self.block = block
+        self.dots = dots
+
+    def get(self, name: bytes, default: Any = None) -> Any:
+        child: Any = dict.get(self, name, default)
+        if type(child) is int:
+            child = self.files.node(child)
+            dict.__setitem__(self, name, child)
+        return child
+
+    def __getitem__(self, name: bytes) -> Node:
+        if name not in self:
+            raise KeyError(name)
+        node: Node = self.get(name)
+        return node
+
+    def __setitem__(self, name: bytes, child: Node) -> None:
+        self.block = b""
+        dict.__setitem__(self, name, child)
+
+    def __delitem__(self, name: bytes) -> None:
+        self.block = b""
+        dict.__delitem__(self, name)
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+    def raw_values(self) -> Iterable[Any]:
+        return dict.values(self)
+
+    def raw_items(self) -> Iterable[tuple[bytes, Any]]:
+        return dict.items(self)
+
+    pop = popitem = clear = update = setdefault = copy = __or__ = __ior__ = None  # type: ignore[assignment]
 
 
 @dataclass(slots=True)
@@ -240,7 +303,14 @@ class _Tree:
             upper = self._upper.get(node, ())
             for name in [name for name in children if name not in upper]:
                 del children[name]
-            pending += [child for child in children.values() if child.kind is Kind.DIR]
+            pending += [child for child in read_nodes(children) if child.kind is Kind.DIR]
+
+
+def read_nodes(children: dict[bytes, Node]) -> list[Node]:
+    """Those children that are nodes; others are plain files with one name (UnreadChildren)."""
+    if isinstance(children, UnreadChildren):
+        return [child for child in children.raw_values() if type(child) is not int]
+    return list(children.values())
 
 
 def _missing_directory() -> Node:
@@ -276,7 +346,7 @@ def _count_links(root: Node) -> None:
     while pending:
         directory = pending.pop()
         directory.nlink = 2
-        for child in _children(directory).values():
+        for child in read_nodes(_children(directory)):
             if child.kind is Kind.DIR:
                 directory.nlink += 1
                 pending.append(child)
