@@ -189,6 +189,19 @@ async def test_a_tree_is_grown_by_the_new_layer_alone(
     assert grown[4:] == [(3, 1)]
 
 
+async def test_a_kept_tree_that_is_damaged_or_of_other_layers_is_not_used(store: BlockCache, tmp_path: Path) -> None:
+    layers = [base_layer(30), small_layer(), LayerTar().file("app", b"1").data()]
+    reference = write_image(tmp_path / "image", layers)
+    expected = await made(store, reference)
+    other = await made(store, write_image(tmp_path / "other", [small_layer()]))
+    chains = layer_files(store, "*/chain-*")
+    assert len(chains) == 3
+    for content in (b"", b"noise", other.index, expected.index[:-1], expected.index[:-9] + bytes(9)):
+        for chain in chains:
+            chain.write_bytes(content)
+        assert await made(store, reference) == expected
+
+
 async def test_what_was_fetched_makes_no_index(store: BlockCache, tmp_path: Path) -> None:
     """Who may attach an index to one image has no say about others that share its layers."""
     reference = write_image(tmp_path / "image", [base_layer()])
