@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from typing import TypeVar
 
 import trio
@@ -26,6 +27,16 @@ class Slots:
             used = {one: slots for one, slots in self._semaphores.items() if slots.value < self._number}
             self._semaphores = used
         return self._semaphores.setdefault(key, trio.Semaphore(self._number))
+
+
+@contextlib.asynccontextmanager
+async def open_nursery() -> AsyncIterator[trio.Nursery]:
+    """As trio's, but the first failure is raised itself."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        raise _first(group) from None
 
 
 async def together(*tasks: Callable[[], Awaitable[object]], at_most: int | None = None) -> None:

@@ -19,7 +19,7 @@ import sys
 import threading
 from pathlib import Path
 
-from lazyfs.control import messages
+from lazyfs.control import messages, replies, requests
 from lazyfs.errors import HostError, RemoteError, Unsupported
 from lazyfs.system.detached import attach, clone_mount, erofs_mount_detached
 from lazyfs.system.mountapi import MNT_DETACH, umount2
@@ -76,61 +76,66 @@ class Fake:
 
     def answer(self, connection: socket.socket, line: bytes) -> None:
         message = messages.decode(line)
-        if "attached" in message:
-            messages.parse_attached(message["attached"])
+        request = requests.parse_request(line)
+        if isinstance(request, requests.Attached):
             self.targets.append(message["attached"])
-            self.say(attached=message["attached"], op=message.get("op"))
-            connection.sendall(messages.ok())
-            return
-        request = messages.parse_request(line)
-        self.say(op=request.op, image=request.image, timeout_s=request.timeout_s)
-        if request.op in ("mount", "fuse_mount"):
-            self.mount(connection, request)
-        elif request.op == "list":
+            self.say(attached=message["attached"], op="attached")
+            connection.sendall(replies.ok())
+        elif isinstance(request, requests.Mount):
+            self.mount(connection, "mount", request, None)
+        elif isinstance(request, requests.FuseMount):
+            self.mount(connection, "fuse_mount", request.mount, request.target)
+        else:
+            self.say(op=requests.op_of(request))
+            self.answer_about(connection, request)
+
+    def answer_about(self, connection: socket.socket, request: requests.Request) -> None:
+        if isinstance(request, requests.List):
             entries = [self.entry()] if self.mount_fd is not None else []
-            connection.sendall(messages.ok(cache=str(self.cache), mounts=entries))
-        elif request.op == "stats" and request.dev is not None:
+            connection.sendall(replies.ok(cache=str(self.cache), mounts=entries))
+        elif isinstance(request, requests.Stats):
             known = {self.dev(), *(target["dev"] for target in self.targets)}
             if messages.format_dev(request.dev) in known:
-                connection.sendall(messages.ok(image=self.image, bytes_fetched=1234567, requests=3))
+                connection.sendall(replies.ok(image=self.image, bytes_fetched=1234567, requests=3))
             else:
-                connection.sendall(messages.failure(HostError("not mine")))
-        elif request.op == "stop":
-            connection.sendall(messages.ok())
+                connection.sendall(replies.failure(HostError("not mine")))
+        elif isinstance(request, requests.Stop):
+            connection.sendall(replies.ok())
             os._exit(0)
         else:
-            connection.sendall(messages.ok())
+            connection.sendall(replies.ok())
 
-    def mount(self, connection: socket.socket, request: messages.Request) -> None:
+    def mount(self, connection: socket.socket, op: str, request: requests.Mount, place: str | None) -> None:
+        self.say(op=op, image=request.image, timeout_s=request.timeout_s)
         name = request.image.rpartition("/")[2].partition(":")[0]
         if name == "broken":
-            connection.sendall(messages.failure(RemoteError("registry.test answers 503", "try later")))
+            connection.sendall(replies.failure(RemoteError("registry.test answers 503", "try later")))
             return
-        if name == "hostproblem" and request.op == "mount":
-            connection.sendall(messages.failure(Unsupported("no EROFS from files here")))
+        if name == "hostproblem" and op == "mount":
+            connection.sendall(replies.failure(Unsupported("no EROFS from files here")))
             return
         if name == "diskfull":
-            connection.sendall(messages.failure(HostError("no space left on the cache's disk")))
+            connection.sendall(replies.failure(HostError("no space left on the cache's disk")))
             return
         if name == "dies" or (name == "dies-once" and not (self.cache / "died").exists()):
             (self.cache / "died").touch()
             print("something terrible happened", file=sys.stderr, flush=True)
             os._exit(3)
         if name == "unindexed" and not (self.cache / "built").exists():
-            connection.sendall(messages.needs_index(DIGEST))
+            connection.sendall(replies.needs_index(DIGEST))
             return
         joined = bool(self.targets)
         self.image = request.image if ":" in request.image else f"docker.io/library/{request.image}:latest"
-        connection.sendall(messages.progress("reading the index"))
+        connection.sendall(replies.progress("reading the index"))
         clone_fd = clone_mount(self.root())
         fields = {"image": self.image, "manifest_digest": DIGEST, "joined": joined}
-        if request.op == "mount":
-            socket.send_fds(connection, [messages.ok(**fields)], [clone_fd])
+        if place is None:
+            socket.send_fds(connection, [replies.ok(**fields)], [clone_fd])
             os.close(clone_fd)
             return
-        attach(clone_fd, request.target)
+        attach(clone_fd, place)
         os.close(clone_fd)
-        connection.sendall(messages.ok(**fields))
+        connection.sendall(replies.ok(**fields))
 
     def listen(self, path: Path) -> None:
         path.unlink(missing_ok=True)

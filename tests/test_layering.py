@@ -184,7 +184,7 @@ def test_the_keeper_loads_this_and_no_more() -> None:
     """It stays as long as anything is mounted, and must never grow."""
     assert loaded_by("import lazyfs.daemon.keeper") == set(
         """
-        errors daemon.keeper daemon.keeperlink fuse.wire
+        errors daemon.arguments daemon.handover daemon.keeper fuse.wire
         system.detached system.mountapi system.sockets system.syscalls
         """.split()  # noqa: SIM905 -- easier to read
     )

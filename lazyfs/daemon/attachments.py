@@ -1,21 +1,26 @@
-"""The control socket of a fusemount process: <runtime>/fuse-<pid>.sock, protocol of control/messages.py."""
+"""Where a fuse process' file system is attached, and what it answers its clients (control/messages.py)."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
 from lazyfs.cache.uppers import HeldUppers, sweep
-from lazyfs.control import messages
-from lazyfs.control.messages import Request
-from lazyfs.control.server import ControlStream, serve
-from lazyfs.errors import HostError, UserError
+from lazyfs.control import replies, requests
+from lazyfs.control.requests import Attached, Request, Stats
+from lazyfs.control.server import ControlStream, Handlers, Reply, answered
+from lazyfs.errors import UserError
 from lazyfs.system.mountinfo import mounts
+
+Place = tuple[tuple[int, int], str]  # device and target
+
+
+class _Report(NamedTuple):
+    attached: Attached
+    was_visible: bool  # in this mount namespace
 
 
 class Attachments:
@@ -24,30 +29,30 @@ class Attachments:
     def __init__(self, dev: tuple[int, int], cache: str) -> None:
         self.dev = dev
         self.cache = cache
-        self._reports: dict[tuple[tuple[int, int], str], bool] = {}  # whether this namespace shows it
+        self._reports: dict[Place, _Report] = {}
         self._uppers = HeldUppers(cache)
 
-    def add(self, report: messages.Attached) -> None:
+    def add(self, attached: Attached) -> None:
         """Raises UserError for an upper directory that is not the cache's: it would be removed in the end."""
-        if report.ephemeral_upper is not None:
-            self._uppers.hold(report.ephemeral_upper)
-        place = (report.dev, report.target)
-        self._reports[place] = place in _visible()
+        if attached.ephemeral_upper is not None:
+            self._uppers.hold(attached.ephemeral_upper)
+        place = (attached.dev, attached.target)
+        self._reports[place] = _Report(attached, place in _visible())
 
-    def places(self) -> list[tuple[tuple[int, int], str]]:
-        """(device, target) of those that are still there. One in another mount namespace counts as there."""
-        if any(self._reports.values()):
+    def targets(self) -> list[Attached]:
+        """Those that are still there. One in another mount namespace counts as there."""
+        if any(report.was_visible for report in self._reports.values()):
             visible = _visible()
-            for place, shown in list(self._reports.items()):
-                if shown and place not in visible:
+            for place, report in list(self._reports.items()):
+                if report.was_visible and place not in visible:
                     del self._reports[place]
-        return list(self._reports)
+        return [report.attached for report in self._reports.values()]
+
+    def places(self) -> list[Place]:
+        return [(target.dev, target.target) for target in self.targets()]
 
     def has(self, dev: tuple[int, int]) -> bool:
         return dev == self.dev or any(place[0] == dev for place in self._reports)
-
-    def describe(self) -> list[dict[str, Any]]:
-        return [{"dev": messages.format_dev(dev), "target": target} for dev, target in self.places()]
 
     def let_go_of_uppers(self) -> None:
         """Gives up the upper directories, and removes what nobody holds. Only once the connection has ended: an overlay
@@ -56,66 +61,56 @@ class Attachments:
         sweep(self.cache)
 
 
-def _visible() -> set[tuple[tuple[int, int], str]]:
+def _visible() -> set[Place]:
     try:
         return {(entry.dev, entry.mountpoint) for entry in mounts()}
     except OSError:
         return set()
 
 
-class ControlServer:
-    """Answers "ping", "list", "stats", "attached" and "stop"."""
+class FuseRequests:
+    """The handlers of a fuse process. `entry`: what it serves, but for its targets; `counters`: what "stats" adds to
+    that; `stop` is set when a client wants it to end."""
 
     def __init__(
         self,
-        description: Mapping[str, Any],
+        entry: replies.Entry,
         counters: Callable[[], Mapping[str, Any]],
         attachments: Attachments,
         stop: trio.Event,
     ) -> None:
-        self._description = description
+        self._described = entry
         self._counters = counters
         self._attachments = attachments
         self._stop = stop
 
-    async def run(
-        self, runtime: str, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """Listens until cancelled; the socket is there once started and removed in the end. Raises
-        HostError."""
-        path = os.path.join(runtime, f"fuse-{os.getpid()}.sock")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # of a process that had our number and was killed
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            mask = os.umask(0o177)
-            try:
-                listener.bind(path)
-            except OSError as error:
-                raise HostError(f"cannot listen at {path}: {error}", "check the runtime directory") from None
-            finally:
-                os.umask(mask)
-            try:
-                listener.listen(16)
-                task_status.started()
-                await serve(listener, self._handle)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+    def handlers(self) -> Handlers:
+        return {
+            requests.Attached: self._attached,
+            requests.Stats: self._stats,
+            requests.List: self._list,
+            requests.Ping: self._ping,
+            requests.Stop: self._stop_serving,
+        }
 
-    async def _handle(self, stream: ControlStream, request: Request) -> None:
-        await stream.send(messages.ok(**self._answer(request)))
-        if request.op == "stop":
-            self._stop.set()
+    def _entry(self) -> dict[str, Any]:
+        return self._described._replace(targets=self._attachments.targets()).to_json()
 
-    def _answer(self, request: Request) -> dict[str, Any]:
-        entry = {**self._description, "targets": self._attachments.describe()}
-        if request.op == "list":
-            return {"cache": self._attachments.cache, "mounts": [entry]}
-        if request.op == "stats" and request.dev is not None and self._attachments.has(request.dev):
-            return {**entry, **self._counters()}
-        if request.op == "attached" and request.attached is not None:
-            self._attachments.add(request.attached)
-            return {}
-        if request.op in ("ping", "stop"):
-            return {"pid": os.getpid()}
-        raise UserError(f"the process of a fuse mount does not do {request.op!r}", "ask the daemon")
+    async def _attached(self, stream: ControlStream, request: Attached) -> Reply:
+        self._attachments.add(request)
+        stream.release(self._attachments.dev)
+        return answered()
+
+    async def _stats(self, _: ControlStream, request: Stats) -> Reply:
+        if not self._attachments.has(request.dev):
+            raise UserError("this process does not serve that mount")
+        return answered(**self._entry(), **self._counters())
+
+    async def _list(self, _: ControlStream, __: Request) -> Reply:
+        return answered(cache=self._attachments.cache, mounts=[self._entry()])
+
+    async def _ping(self, _: ControlStream, __: Request) -> Reply:
+        return answered(pid=os.getpid(), mounts=1)
+
+    async def _stop_serving(self, _: ControlStream, __: Request) -> Reply:
+        return answered(pid=os.getpid(), mounts=1)._replace(then=self._stop.set)

@@ -1,4 +1,4 @@
-"""Devices that outlive their image's being open: a read of one that was let go opens the image again.
+"""The layer devices of a daemon, which outlive their image's being open: a read of one that was let go opens it again.
 
 Nothing tells a daemon which private mount namespaces still use a root that vanished from mountinfo, so any device may
 be read again.
@@ -6,33 +6,89 @@ be read again.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Collection, Iterable
 
 import trio
 
 from lazyfs.cache.layer import LayerClosed
 from lazyfs.core.deadlines import answer_s
-from lazyfs.daemon.roots import Released
-from lazyfs.errors import RemoteError
+from lazyfs.daemon.state import ReleasedLayer
+from lazyfs.errors import ImageError, RemoteError, Unsupported
 from lazyfs.fuse.device import Device
 from lazyfs.fuse.devices import node_of
+from lazyfs.images.documents import Missing
 from lazyfs.serving.device import LayerHandle
+from lazyfs.serving.image import Image
+from lazyfs.serving.store import ImageStore
 
 
-class Reviver(Protocol):
-    """Who knows the images: the daemon."""
+class DeviceTable:
+    """All devices by node id, for the FUSE server. Changed by the trio thread; reader threads only look things up
+    (single look-ups in a dict are atomic)."""
+
+    def __init__(self, store: ImageStore) -> None:
+        self._store = store
+        self._open: dict[int, OpenDevice] = {}
+        self._released: dict[int, ReleasedLayer] = {}
+
+    def by_name(self, content_root: bytes) -> Device | None:
+        return self.by_node(node_of(content_root))
+
+    def by_node(self, nodeid: int) -> Device | None:
+        device = self._open.get(nodeid)
+        if device is None and (released := self._released.get(nodeid)) is not None:
+            return ReleasedDevice(self, released)
+        return device
+
+    def names(self) -> list[str]:
+        return [device.content_root for device in list(self._open.values())]
+
+    def released(self) -> list[ReleasedLayer]:
+        """All that were ever let go: for the state."""
+        return list(self._released.values())
+
+    def add(self, image: Image) -> None:
+        """The devices of an image that was opened. Raises Unsupported."""
+        for handle in image.layers:
+            known = self._open.setdefault(node_of(handle.content_root), OpenDevice(self, handle))
+            if known.content_root != handle.content_root:
+                raise Unsupported("two layers have the same node id", "mount the image with backend=fuse")
+
+    def release(self, layers: Iterable[ReleasedLayer], used: Collection[str]) -> None:
+        """Their image is about to be closed; `used`: content roots that other images have as well."""
+        for layer in layers:
+            if layer.content_root not in used:
+                node = node_of(layer.content_root)
+                self._released[node] = layer  # first: a reader thread must find one of the two
+                self._open.pop(node, None)
+
+    def remember(self, layers: Iterable[ReleasedLayer]) -> None:
+        """Devices that a predecessor let go, or whose image it had open and we have not."""
+        for layer in layers:
+            self._released.setdefault(node_of(layer.content_root), layer)
 
     async def revive(self, content_root: str) -> LayerHandle:
-        """Opens the image of a device that was let go."""
+        """Opens the image of a device that was let go. It then stays open as long as the daemon lives."""
+        node = node_of(content_root)
+        if node not in self._open:
+            old = self._released[node]
+            image = await self._store.open(
+                old.image, old.access, old.timeout_s, make_index=False, known=old.manifest_digest
+            )
+            if isinstance(image, Missing):
+                raise ImageError("the index of a mounted image is gone", "mount the image again")
+            if node in self._open:
+                await self._store.close(image)  # another read was faster
+            else:
+                self.add(image)
+        return self._open[node].handle
 
-    def by_node(self, nodeid: int) -> Device | None: ...
 
-
-class Sleeper:
+class ReleasedDevice:
     """Stands for a device that was let go; the first read opens its image again."""
 
-    def __init__(self, daemon: Reviver, released: Released) -> None:
-        self._daemon = daemon
+    def __init__(self, table: DeviceTable, released: ReleasedLayer) -> None:
+        self._table = table
         self._timeout_s = released.timeout_s
         self.content_root = released.content_root
         self.size_bytes = released.size_bytes
@@ -43,17 +99,17 @@ class Sleeper:
     async def read(self, address: int, size: int) -> bytes:
         try:
             with trio.fail_after(answer_s(self._timeout_s)):
-                handle = await self._daemon.revive(self.content_root)
+                handle = await self._table.revive(self.content_root)
                 return await handle.read(address, size)
         except trio.TooSlowError:
             raise RemoteError(f"the image did not open within {answer_s(self._timeout_s):g} s") from None
 
 
-class Awake:
+class OpenDevice:
     """A device whose image is open. Should that be let go during a read, the read opens it again."""
 
-    def __init__(self, daemon: Reviver, handle: LayerHandle) -> None:
-        self._daemon = daemon
+    def __init__(self, table: DeviceTable, handle: LayerHandle) -> None:
+        self._table = table
         self.handle = handle
         self.content_root = handle.content_root
         self.size_bytes = handle.size_bytes
@@ -68,7 +124,7 @@ class Awake:
         try:
             return await self.handle.read(address, size)
         except LayerClosed:
-            device = self._daemon.by_node(node_of(self.content_root))
-            if device is None or (isinstance(device, Awake) and device.handle is self.handle):
+            device = self._table.by_node(node_of(self.content_root))
+            if device is None or (isinstance(device, OpenDevice) and device.handle is self.handle):
                 raise
             return await device.read(address, size)

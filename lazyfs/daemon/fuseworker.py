@@ -4,7 +4,7 @@
 
 1. It reads one "fuse_mount" request (control/messages.py) from socket N, opens the image, mounts it at the request's
    target and answers once the kernel's FUSE_INIT was answered, so that the mount is usable.
-2. It waits for {"attached": ...} on the same socket. If that ends first, the mount is dropped.
+2. It waits for an "attached" request on the same socket. If that ends first, the mount is dropped.
 3. It serves until nothing uses the mount any more, however that came about: umount, fusermount3 -u, the last
    clone gone. SIGTERM, or "stop" on its own socket <runtime>/fuse-<pid>.sock, unmounts lazily; who still
    uses files then has DRAIN_S to finish.
@@ -28,21 +28,26 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 import trio
 
-from lazyfs.control import messages
+from lazyfs.control import messages, replies
+from lazyfs.control.requests import FuseMount, Mount, op_of, parse_request
+from lazyfs.control.server import ControlStream, Service, converse
+from lazyfs.control.server import serve as serve_clients
 from lazyfs.core.erofs.reader import ErofsReader
-from lazyfs.daemon.attachments import Attachments, ControlServer
+from lazyfs.daemon.attachments import Attachments, FuseRequests
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.fuse import tuning
 from lazyfs.fuse.device import LayerData
 from lazyfs.fuse.root import MAX_TASKS, RootOperations, may_have_acls
 from lazyfs.fuse.session import close, mount, serve_requests, unmount_lazily
 from lazyfs.images.documents import Missing
+from lazyfs.system.sockets import listen_private
+from lazyfs.tasks import open_nursery
 
 log = logging.getLogger("lazyfs.daemon.fuseworker")
 
@@ -65,9 +70,6 @@ MAX_BACKGROUND = 1024
 WAKE_S = 1.0
 
 
-_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
-
-
 class OpenedImage(Protocol):
     """What is served: see serving/image.py."""
 
@@ -82,19 +84,18 @@ class OpenedImage(Protocol):
     def statistics(self) -> dict[str, Any]: ...
 
 
-Opener = Callable[[str, messages.Request], AbstractAsyncContextManager[OpenedImage | Missing]]
+Opener = Callable[[str, Mount], AbstractAsyncContextManager[OpenedImage | Missing]]
 
 
 @contextlib.asynccontextmanager
-async def open_image(cache: str, request: messages.Request) -> AsyncIterator[OpenedImage | Missing]:
+async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | Missing]:
     """The image of `request`, from the cache directory `cache`. Raises LazyfsError."""
     from lazyfs.cache.directory import BlockCache
     from lazyfs.serving.store import ImageStore
 
-    # This process has this one image, so the client's environment is its own.
-    os.environ.update(request.access.environ or {})
+    # The client started this process for this image, so all of its environment is here already: helpers get it whole.
     access = request.access._replace(environ=None)
-    async with trio.open_nursery() as nursery:
+    async with open_nursery() as nursery:
         store = ImageStore(BlockCache(cache), nursery)
         image = await store.open(request.image, access, request.timeout_s, make_index=not request.push_index)
         try:
@@ -107,83 +108,44 @@ async def open_image(cache: str, request: messages.Request) -> AsyncIterator[Ope
                 await store.aclose()
 
 
-class _Client:
-    """The command that wants the mount, at the other end of the status socket."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection))
-        self._lines = messages.LineBuffer()
-
-    async def line(self, deadline_s: float) -> bytes | None:
-        """Its next line; None if it has gone or says nothing in time."""
-        with trio.move_on_after(deadline_s), contextlib.suppress(*_GONE):
-            while (line := self._lines.next_line()) is None:
-                data = await self._stream.receive_some()
-                if not data:
-                    return None
-                self._lines.feed(data)
-            return line
-        return None
-
-    async def say(self, line: bytes) -> bool:
-        """Whether it was sent: the client may have been interrupted."""
-        with trio.move_on_after(10.0), contextlib.suppress(*_GONE):
-            await self._stream.send_all(line)
-            return True
-        return False
-
-    async def aclose(self) -> None:
-        await trio.aclose_forcefully(self._stream)
-
-
 async def serve(cache: str, runtime: str, status: socket.socket, opener: Opener = open_image) -> int:
     """Does all that the module says; returns the exit code. `status` is closed."""
-    client = _Client(status)
+    client = ControlStream(status, ATTACH_S)
     try:
         line = await client.line(REQUEST_S)
         if line is None:
             return 1
-        try:
-            request = messages.parse_request(line)
-            if request.op != "fuse_mount":
-                raise messages.ProtocolError(f"a fusemount process cannot do {request.op!r}")
-            async with opener(cache, request) as image:
-                if isinstance(image, Missing):
-                    await client.say(messages.needs_index(image.manifest_digest, image.reasons))
-                else:
-                    await _Session(image, request, cache, runtime, client).run()
-        except Exception as error:
-            return await _account_for(_cause(error), client)
-        return 0
+        request = parse_request(line)
+        if not isinstance(request, FuseMount):
+            raise messages.ProtocolError(f"a fusemount process cannot do {op_of(request)!r}")
+        async with opener(cache, request.mount) as image:
+            if isinstance(image, Missing):
+                await client.send(replies.needs_index(image.manifest_digest, image.reasons))
+            else:
+                await _Session(image, request, cache, runtime, client).run()
+    except Exception as error:
+        return await _account_for(error, client)
     finally:
-        with trio.CancelScope(shield=True):
-            await client.aclose()
+        client.close()
+    return 0
 
 
-async def _account_for(error: Exception, client: _Client) -> int:
+async def _account_for(error: Exception, client: ControlStream) -> int:
     """Tells the client (if it still listens) and the log what ended us; returns the exit code."""
     if not isinstance(error, LazyfsError):
         log.error("unexpected", exc_info=error)
         error = HostError(f"the fuse process failed: {error!r:.200}", "see daemon.log; please report it")
     log.error("%s", error)
-    await client.say(messages.failure(error))
+    with contextlib.suppress(OSError, trio.TooSlowError, trio.ClosedResourceError):
+        await client.send(replies.failure(error))
     return error.exit_code
-
-
-def _cause(error: Exception) -> Exception:
-    """The expected failure inside what nurseries wrapped, if there is one."""
-    if isinstance(error, ExceptionGroup):
-        causes = [_cause(inner) for inner in error.exceptions]
-        expected = [cause for cause in causes if isinstance(cause, LazyfsError)]
-        return (expected or causes)[0]
-    return error
 
 
 class _Session:
     """One mount, from mount(2) to the end of its connection."""
 
     def __init__(
-        self, image: OpenedImage, request: messages.Request, cache: str, runtime: str, client: _Client
+        self, image: OpenedImage, request: FuseMount, cache: str, runtime: str, client: ControlStream
     ) -> None:
         # In memory rather than mapped: a file that somebody cuts would kill us with SIGBUS.
         with open(image.namespace_path, "rb") as file:
@@ -210,51 +172,63 @@ class _Session:
             executable=request.executable,
         )
         attachments = Attachments(dev, self._cache)
+        requests = FuseRequests(self._entry(dev), self._counters, attachments, self._stopping)
+        service = Service("the process of a fuse mount", requests.handlers(), "ask the daemon")
+        path = os.path.join(self._runtime, f"fuse-{os.getpid()}.sock")
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._signals)
-                nursery.start_soon(self._stop, nursery.cancel_scope, dev, attachments)
-                server = ControlServer(self._describe(dev), self._counters, attachments, self._stopping)
-                await nursery.start(server.run, self._runtime)
-                nursery.start_soon(self._introduce, dev, attachments)
-                startup.finish()
-                await serve_requests(MAX_TASKS)
-                nursery.cancel_scope.cancel()
+            with _listening(path) as listener:
+                async with open_nursery() as nursery:
+                    nursery.start_soon(self._signals)
+                    nursery.start_soon(self._stop, nursery.cancel_scope, dev, attachments)
+                    nursery.start_soon(serve_clients, listener, service)
+                    nursery.start_soon(self._introduce, dev, attachments, service)
+                    startup.finish()
+                    await serve_requests(MAX_TASKS)
+                    nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(unmount_lazily, dev, attachments.places())
                 close()
                 await trio.to_thread.run_sync(attachments.let_go_of_uppers)
 
-    async def _introduce(self, dev: tuple[int, int], attachments: Attachments) -> None:
-        """The client's part: tells it that the mount is usable and hears where it was attached."""
-        with trio.move_on_after(INIT_S):
+    async def _introduce(self, dev: tuple[int, int], attachments: Attachments, service: Service) -> None:
+        """The client's part: tells it that the mount is usable, and hears where it was attached. Its connection holds
+        the mount until then."""
+
+        def drop() -> None:
+            if not attachments.targets():
+                log.warning("nobody attached the mount of %s: it is dropped", self._image.reference)
+                self._stopping.set()
+
+        self._client.keep(dev, drop)
+        with trio.move_on_after(INIT_S) as waiting:
             await self._operations.initialised.wait()
             await trio.to_thread.run_sync(tuning.set_read_ahead, dev, READ_AHEAD_KIB)
             await trio.to_thread.run_sync(tuning.set_max_background, dev, MAX_BACKGROUND)
-            if await self._client.say(messages.ok(joined=False, **self._describe(dev))):
-                line = await self._client.line(ATTACH_S)
-                if line is not None:
-                    try:
-                        attachments.add(messages.parse_attached(messages.decode(line).get("attached")))
-                    except LazyfsError as error:
-                        await self._client.say(messages.failure(error))
-                    else:
-                        await self._client.say(messages.ok())
-                        await self._client.aclose()
-                        return
-        log.warning("nobody attached the mount of %s: it is dropped", self._image.reference)
-        self._stopping.set()
+        if waiting.cancelled_caught:
+            self._client.close()
+            return
+        answer = replies.ok(
+            manifest_digest=self._image.manifest_digest,
+            image=self._image.reference,
+            joined=False,
+            dev=messages.format_dev(dev),
+        )
+        with contextlib.suppress(OSError, trio.TooSlowError):  # an interrupted client, whose end comes next
+            await self._client.send(answer)
+        await converse(self._client, service)
 
-    def _describe(self, dev: tuple[int, int]) -> dict[str, Any]:
-        return {
-            "dev": messages.format_dev(dev),
-            "image": self._image.reference,
-            "manifest_digest": self._image.manifest_digest,
-            "backend": "fuse",
-            "platform": self._request.access.platform,
-            "pid": os.getpid(),
-        }
+    def _entry(self, dev: tuple[int, int]) -> replies.Entry:
+        return replies.Entry(
+            dev=dev,
+            image=self._image.reference,
+            manifest_digest=self._image.manifest_digest,
+            backend="fuse",
+            platform=self._request.mount.access.platform,
+            pid=os.getpid(),
+            targets=(),
+            holds=(),
+        )
 
     def _counters(self) -> dict[str, Any]:
         return {**self._image.statistics(), "fuse": self._operations.counters.as_dict()}
@@ -272,6 +246,21 @@ class _Session:
             await self._hurry.wait()
         log.warning("%s was still in use when its process ended", self._image.reference)
         scope.cancel()
+
+
+@contextlib.contextmanager
+def _listening(path: str) -> Iterator[socket.socket]:
+    """A listening socket, removed in the end. Raises HostError."""
+    try:
+        listener = listen_private(path)
+    except OSError as error:
+        raise HostError(f"cannot listen at {path}: {error}", "check the runtime directory") from None
+    with listener:
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def run(cache: str, runtime: str, status_fd: int, opener: Opener = open_image) -> int:

@@ -26,12 +26,19 @@ import socket
 import sys
 import time
 
-from lazyfs.daemon.keeperlink import ENVIRONMENT, EXIT_ENDED, EXIT_SUCCESSOR, MAX_MESSAGE_BYTES, MAX_NAME_BYTES
-from lazyfs.errors import HostError, LazyfsError, UserError
+from lazyfs.daemon.arguments import parse_arguments
+from lazyfs.daemon.handover import (
+    ENVIRONMENT,
+    EXIT_ENDED,
+    EXIT_SUCCESSOR,
+    MAX_MESSAGE_BYTES,
+    MAX_NAME_BYTES,
+    handover,
+)
+from lazyfs.errors import HostError, LazyfsError
 from lazyfs.fuse.wire import WireError, answer_init
 from lazyfs.system.detached import fuse_mount_detached
-from lazyfs.system.sockets import recv_fds
-from lazyfs.system.syscalls import SyscallError
+from lazyfs.system.sockets import listen_private, recv_fds
 
 SOCKET_NAME = "control.sock"
 LOCK_NAME = "keeper.lock"
@@ -110,18 +117,7 @@ class Keeper:
             raise HostError(f"FUSE does not start: {error}", "Linux 6.12 or later is needed") from None
 
     def listen(self) -> None:
-        """Renamed into place when it listens, so nobody finds a socket that refuses."""
-        new = SOCKET_NAME + ".new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(new))
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        umask = os.umask(0o177)
-        try:
-            self._listener.bind(self._path(new))
-        finally:
-            os.umask(umask)
-        self._listener.listen(128)
-        os.rename(self._path(new), self._path(SOCKET_NAME))
+        self._listener = listen_private(self._path(SOCKET_NAME))
 
     def _receive(self, link: socket.socket) -> bool:
         """One message of the worker, if there is one; False at the end of the link."""
@@ -129,7 +125,7 @@ class Keeper:
             data_bytes, fds = recv_fds(link, MAX_MESSAGE_BYTES, 1)
         except BlockingIOError:
             return False
-        except SyscallError as error:
+        except HostError as error:
             log(f"a descriptor was lost: {error}")
             return True
         except OSError:
@@ -192,7 +188,7 @@ class Keeper:
             "link": theirs.fileno(),
         }
         memory_fd = os.memfd_create("lazyfs-fds", os.MFD_CLOEXEC)
-        os.write(memory_fd, _handover(numbers, self._held))
+        os.write(memory_fd, handover(numbers, self._held))
         inherited = [memory_fd, self._fuse_fd, theirs.fileno(), *self._held.values()]
         inherited += [fd for fd in (self._mount_fd, listen_fd, self._lock_fd) if fd is not None]
         environment = os.environ | _ALLOCATOR | {ENVIRONMENT: str(memory_fd)}
@@ -338,18 +334,6 @@ class Keeper:
         return status
 
 
-def _handover(numbers: dict[str, int | None], held: dict[str, int]) -> bytes:
-    """What a worker is told (keeperlink.py). The first one, for which somebody waits, is told without the json module:
-    importing it takes 8 ms."""
-    text = "{}"
-    if held:
-        import json
-
-        text = json.dumps(held)
-    pairs = [f'"{name}": {"null" if number is None else number}' for name, number in numbers.items()]
-    return f'{{{", ".join(pairs)}, "held": {text}}}'.encode()
-
-
 def _write_oom_score(score_bytes: bytes) -> None:
     with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
         file.write(score_bytes)
@@ -361,25 +345,6 @@ def _raise_file_limit() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def parse_arguments(arguments: list[str]) -> dict[str, str]:
-    """{"cache": ..., "runtime": ..., ...}. By hand: argparse costs more memory than all the rest. Raises
-    UserError."""
-    options: dict[str, str] = {}
-    words = iter(arguments)
-    for word in words:
-        name, separator, value = word.removeprefix("--").partition("=")
-        if name == "foreground" and not separator:
-            options[name] = "yes"
-        elif word.startswith("--") and name in ("cache", "runtime", "linger", "worker"):
-            options[name] = value if separator else next(words, "")
-        else:
-            raise UserError(f"unknown argument {word}", "see python -m pydoc lazyfs.daemon.keeper")
-    for name in ("cache", "runtime"):
-        if not options.get(name):
-            raise UserError(f"--{name} is missing", "see python -m pydoc lazyfs.daemon.keeper")
-    return options
 
 
 def main(arguments: list[str]) -> int:

@@ -19,16 +19,9 @@ import os
 import select
 import socket
 
+from lazyfs.daemon.handover import ENVIRONMENT, MAX_NAME_BYTES
 from lazyfs.errors import HostError
 from lazyfs.system.sockets import send_fds
-
-ENVIRONMENT = "LAZYFS_FDS"
-MAX_NAME_BYTES = 1024
-MAX_MESSAGE_BYTES = 8192  # a name, each byte of which may become six in JSON
-
-# Exit codes by which the worker tells the keeper what next; any other means: failed, start another.
-EXIT_ENDED = 0  # the FUSE connection is gone: the keeper ends too
-EXIT_SUCCESSOR = 75  # drained, as SIGTERM or an upgrade asked: start the successor at once (EX_TEMPFAIL)
 
 
 def _optional_fd(value: object) -> int | None:

@@ -1,155 +1,293 @@
-"""What a daemon serves, and how its successor learns of it.
+"""The images that a daemon has mounted, and who needs them to stay.
 
-The state is JSON in a memory file that the keeper holds, like the mounts: it outlives the worker, ends with
-the keeper, and is replaced as a whole. Only what the cache does not say is in there: which images, reached
-how, mounted where.
+Three kinds of holders: a mount in mountinfo (or a target that is still to be looked for there), a lease of a client
+that has not attached anything yet and ends with its connection, and a hold by name, which outlives the worker. Without
+any, an image is let go after a while (watch.py).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
-from lazyfs.control import messages
-from lazyfs.control.messages import Attached
+import trio
+
+from lazyfs.control.requests import Attached, Mount
+from lazyfs.daemon.devices import DeviceTable
 from lazyfs.daemon.keeperlink import KeeperLink
+from lazyfs.daemon.state import SavedRoot
+from lazyfs.daemon.uppers import StaleUppers
+from lazyfs.errors import ImageError, LazyfsError, UserError
+from lazyfs.fuse import tuning
+from lazyfs.images.documents import Missing
 from lazyfs.serving.image import Image
+from lazyfs.serving.store import ImageStore
 from lazyfs.sources.access import Access
-from lazyfs.system.mountinfo import MountEntry
+from lazyfs.system.detached import clone_mount, erofs_mount_detached
 
-_STATE = "state"
+log = logging.getLogger("lazyfs.daemon")
+
+_RESTORE_S = 3.0  # opening what is in the cache takes milliseconds; without it, reads open the image
+_CLOSE_S = 3.0
+# A cached file of 500 MB, page cache cold: 1.5 GB/s with the kernel's 128 KiB, 2.1 GB/s with this, no more with 4 MiB.
+_READ_AHEAD_KIB = 1024
 
 
 @dataclass(slots=True)
 class Root:
-    """An image that is mounted, or about to be."""
+    """An image that is mounted. The keeper holds its EROFS mount, whose device is `dev`."""
 
     image: Image
     access: Access
-    timeout_s: float
-    dev: tuple[int, int]  # of the EROFS mount, which the keeper holds
+    timeout_s: float  # the shortest that any of its mounts asked for
+    dev: tuple[int, int]
     direct: frozenset[str]  # content roots of the layers whose data the kernel reads by itself
     targets: list[Attached] = field(default_factory=list)
-    pending: int = 0  # clients between our answer and their "attached"
+    holds: set[str] = field(default_factory=set)  # names
+    leases: int = 0
     idle_since: float | None = None  # trio time
     backing_device: str | None = None  # whose read-ahead is to be widened once all blocks are here (tuning.py)
 
     @property
-    def hold_name(self) -> str:
+    def is_claimed(self) -> bool:
+        """By anybody, apart from mounts that nobody reported."""
+        return bool(self.targets or self.holds or self.leases)
+
+    @property
+    def kept_as(self) -> str:
         """The name of the EROFS mount's descriptor at the keeper."""
-        return hold_name(self.image.manifest_digest)
+        return _kept_as(self.image.manifest_digest)
+
+    def widen_read_ahead(self) -> None:
+        """While something has to be fetched, the kernel reads ahead little, for every byte of it costs a transfer. An
+        image that is here as a whole is read like a local one."""
+        if self.backing_device and all(handle.layer.is_complete() for handle in self.image.layers):
+            tuning.set_erofs_read_ahead(self.backing_device, _READ_AHEAD_KIB)
+            self.backing_device = None
+
+    def saved(self) -> SavedRoot:
+        return SavedRoot(
+            self.image.reference,
+            self.image.manifest_digest,
+            self.access,
+            self.timeout_s,
+            list(self.targets),
+            sorted(self.holds),
+            self.direct,
+            [(handle.content_root, handle.size_bytes) for handle in self.image.layers],
+        )
 
 
-class Released(NamedTuple):
-    """A device that was let go, and where to find its image: a private mount namespace may still read it."""
-
-    content_root: str
-    size_bytes: int
-    manifest_digest: str
-    image: str
-    access: Access
-    timeout_s: float
-
-
-class Remembered(NamedTuple):
-    """A root as the predecessor left it. `layers`: content root and size in bytes of each device."""
-
-    image: str
-    manifest_digest: str
-    access: Access
-    timeout_s: float
-    targets: list[Attached]
-    direct: frozenset[str]
-    layers: list[tuple[str, int]]
-
-    def as_released(self) -> list[Released]:
-        """Its devices, for reads that open the image again."""
-        return [
-            Released(name, size_bytes, self.manifest_digest, self.image, self.access, self.timeout_s)
-            for name, size_bytes in self.layers
-        ]
-
-
-def hold_name(manifest_digest: str) -> str:
+def _kept_as(manifest_digest: str) -> str:
     return f"image:{manifest_digest}"
 
 
-def attached_json(target: Attached) -> dict[str, Any]:
-    """As `control.parse_attached` reads it."""
-    return {
-        "dev": messages.format_dev(target.dev),
-        "target": target.target,
-        "ephemeral_upper": target.ephemeral_upper,
-        "image_dev": messages.format_dev(target.image_dev) if target.image_dev else None,
-    }
+class Lease:
+    """A client's claim on a root, until `end`."""
+
+    def __init__(self, root: Root, joined: bool) -> None:
+        self.root = root
+        self.joined = joined  # the root was there before
+        self._ended = False
+        root.leases += 1
+
+    def end(self) -> None:
+        """Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self.root.leases -= 1
 
 
-def save_state(link: KeeperLink, roots: list[Root], released: list[Released]) -> None:
-    """Gives the keeper the new state."""
-    state = {
-        "roots": [
-            {
-                "image": root.image.reference,
-                "manifest_digest": root.image.manifest_digest,
-                "access": root.access.to_json(),
-                "timeout_s": root.timeout_s,
-                "targets": [attached_json(target) for target in root.targets],
-                "direct": sorted(root.direct),
-                "layers": [[handle.content_root, handle.size_bytes] for handle in root.image.layers],
-            }
-            for root in roots
-        ],
-        "released": [{**one._asdict(), "access": one.access.to_json()} for one in released],
-    }
-    fd = os.memfd_create("lazyfs-state", os.MFD_CLOEXEC)
-    with open(fd, "w", closefd=False) as file:
-        json.dump(state, file)
-    link.hold(_STATE, fd)
+class Roots:
+    """The table of mounted images, by manifest digest. Owned by the trio thread. `changed` is called when what a
+    successor must know has changed."""
+
+    def __init__(
+        self,
+        store: ImageStore,
+        devices: DeviceTable,
+        link: KeeperLink,
+        uppers: StaleUppers,
+        runtime: str,
+        changed: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._devices = devices
+        self._link = link
+        self._uppers = uppers
+        self._runtime = runtime
+        self._changed = changed
+        self._roots: dict[str, Root] = {}
+        self._changing = trio.Lock()  # held while an image is being mounted or let go
+
+    def __len__(self) -> int:
+        return len(self._roots)
+
+    def __iter__(self) -> Iterator[Root]:
+        """Over a copy: it may change meanwhile."""
+        return iter(list(self._roots.values()))
+
+    def of(self, dev: tuple[int, int]) -> Root:
+        """By the device of its own mount, or of one of its targets. Raises UserError."""
+        for root in self._roots.values():
+            if root.dev == dev or any(target.dev == dev for target in root.targets):
+                return root
+        raise UserError("this daemon does not serve that mount")
+
+    # -- holders -----------------------------------------------------------------------------------------
+
+    async def acquire(self, image: Image, request: Mount) -> Lease:
+        """A lease of the mounted `image`, which is mounted if it is not. Takes over the caller's use of it. Raises
+        LazyfsError."""
+        async with self._changing:
+            root = self._roots.get(image.manifest_digest)
+            joined = root is not None
+            if root is None:
+                root = await self._mount(image, request.access, request.timeout_s)
+            lease = Lease(root, joined)
+        try:
+            if joined:
+                root.timeout_s = min(root.timeout_s, request.timeout_s)
+                await self._store.close(image)  # the root counts as its one user
+        except BaseException:
+            lease.end()
+            raise
+        return lease
+
+    def clone(self, root: Root) -> int:
+        """A descriptor of a detached mount of it, the caller's."""
+        return clone_mount(self._link.held[root.kept_as])
+
+    def attach(self, target: Attached) -> None:
+        """A client has attached a mount of a root. Raises UserError."""
+        root = self.of(target.image_dev or target.dev)
+        self._uppers.hold(target.ephemeral_upper)
+        root.targets.append(target)
+        self._changed()
+
+    def drop_targets(self, root: Root, gone: list[Attached]) -> None:
+        """Their mounts have vanished from mountinfo."""
+        for target in gone:
+            root.targets.remove(target)
+            self._uppers.let_go(target.ephemeral_upper)
+        if gone:
+            self._changed()
+
+    def hold(self, name: str, dev: tuple[int, int]) -> None:
+        """Keeps a root under a name, until that is released. Raises UserError if there is no such root."""
+        chosen = self.of(dev)
+        for root in self._roots.values():
+            root.holds.discard(name)
+        chosen.holds.add(name)
+        self._changed()
+
+    def release(self, name: str) -> None:
+        """Raises UserError if nothing is held under that name."""
+        holding = [root for root in self._roots.values() if name in root.holds]
+        if not holding:
+            raise UserError(f"nothing is held as {name!r}")
+        for root in holding:
+            root.holds.remove(name)
+        self._changed()
+
+    # -- mounting and letting go ---------------------------------------------------------------------------
+
+    async def _mount(self, image: Image, access: Access, timeout_s: float) -> Root:
+        try:
+            self._devices.add(image)
+            direct = frozenset(one.content_root for one in image.layers if one.layer.is_sealed())
+            devices = [
+                one.layer.open_data_path()
+                if one.content_root in direct
+                else f"/proc/self/fd/{self._link.mount_fd}/{one.content_root}"
+                for one in image.layers
+            ]
+            # By way of the runtime directory: the kernel takes 255 bytes, and a cache may lie deep.
+            inside = image.namespace_path.removeprefix(self._store.cache.path).lstrip("/")
+            namespace = f"{self._cache_link()}/{inside}"
+            before = tuning.erofs_devices()
+            mount_fd = await trio.to_thread.run_sync(erofs_mount_detached, namespace, devices)
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_S):
+                await self._store.close(image)
+            raise
+        root = Root(image, access, timeout_s, _dev_of(mount_fd), direct)
+        # Nothing leads from a mount to its entry in /sys/class/bdi: those are numbered by themselves, not by st_dev. If
+        # another one appeared meanwhile, read-ahead stays small.
+        new = tuning.erofs_devices() - before
+        root.backing_device = new.pop() if len(new) == 1 else None
+        root.widen_read_ahead()
+        self._link.hold(root.kept_as, mount_fd)
+        self._roots[image.manifest_digest] = root
+        self._changed()
+        return root
+
+    def _cache_link(self) -> str:
+        link = os.path.join(self._runtime, "cache")
+        if not os.path.islink(link):
+            os.symlink(self._store.cache.path, link)
+        return link
+
+    async def let_go(self, root: Root) -> bool:
+        """Gives up a root, unless somebody claims it by now; says whether it is gone."""
+        async with self._changing:
+            if root.is_claimed:
+                return False
+            del self._roots[root.image.manifest_digest]
+            self._release_devices(root)
+            self._changed()
+            self._link.drop(root.kept_as)
+            await self._store.close(root.image)
+        return True
+
+    def forget_all(self) -> None:
+        """What is still read is revived by its device; the images stay open. The keeper lets go of the mounts."""
+        for root in list(self._roots.values()):
+            self._release_devices(root)
+        self._roots.clear()
+
+    def _release_devices(self, root: Root) -> None:
+        others = [one for one in self._roots.values() if one is not root]
+        used = {handle.content_root for other in others for handle in other.image.layers}
+        self._devices.release(root.saved().released(), used)
+
+    # -- after a predecessor -------------------------------------------------------------------------------
+
+    async def restore(self, saved: Sequence[SavedRoot]) -> None:
+        """Takes up what the predecessor served: with the keeper's descriptors, from the cache."""
+        async with trio.open_nursery() as nursery:
+            for one in saved:
+                nursery.start_soon(self._restore, one)
+        kept = {root.kept_as for root in self._roots.values()}
+        for name in [one for one in self._link.held if one.startswith(_kept_as("")) and one not in kept]:
+            self._link.drop(name)  # the predecessor died between that and saving its state
+
+    async def _restore(self, old: SavedRoot) -> None:
+        """One image. Not by the network: until this is done nobody is served."""
+        access = old.access._replace(offline=True)
+        try:
+            with trio.fail_after(_RESTORE_S):
+                image = await self._store.open(
+                    old.image, access, old.timeout_s, make_index=False, known=old.manifest_digest
+                )
+            if isinstance(image, Missing):
+                raise ImageError("its index is gone")
+            self._devices.add(image)
+            dev = _dev_of(self._link.held[_kept_as(old.manifest_digest)])
+        except (LazyfsError, KeyError, trio.TooSlowError) as error:
+            log.error("cannot take up %s again; its next read tries to: %r", old.image, error)
+            self._devices.remember(old.released())
+            return
+        for target in old.targets:
+            with contextlib.suppress(UserError):
+                self._uppers.hold(target.ephemeral_upper)
+        root = Root(image, old.access, old.timeout_s, dev, old.direct, list(old.targets), set(old.holds))
+        self._roots[image.manifest_digest] = root
 
 
-def load_state(link: KeeperLink) -> tuple[list[Remembered], list[Released]]:
-    """What the predecessor saved; nothing if there was none."""
-    if _STATE not in link.held:
-        return [], []
-    fd = link.held[_STATE]
-    state = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
-    roots = [
-        Remembered(
-            entry["image"],
-            entry["manifest_digest"],
-            messages.parse_access(entry["access"]),
-            messages.parse_timeout(entry["timeout_s"]),
-            [messages.parse_attached(target) for target in entry["targets"]],
-            frozenset(map(str, entry.get("direct", []))),
-            [(str(name), int(size_bytes)) for name, size_bytes in entry.get("layers", [])],
-        )
-        for entry in state["roots"]
-    ]
-    released = [
-        Released(**{**entry, "access": messages.parse_access(entry["access"])})
-        for entry in state["released"]
-    ]
-    return roots, released
-
-
-def root_entry(root: Root) -> dict[str, Any]:
-    return {
-        "dev": messages.format_dev(root.dev),
-        "image": root.image.reference,
-        "manifest_digest": root.image.manifest_digest,
-        "backend": "kernel",
-        "platform": root.access.platform,
-        "targets": [attached_json(target) for target in root.targets],
-    }
-
-
-def is_shown(target: Attached, entries: Sequence[MountEntry]) -> bool:
-    """Whether `entries` of its device number have the mount. That of an overlay is soon another one's when it has
-    gone, so there the upper directory decides."""
-    if target.ephemeral_upper is None:
-        return bool(entries)
-    name = os.path.basename(target.ephemeral_upper)
-    return any(name in option for entry in entries for option in entry.super_options)
+def _dev_of(fd: int) -> tuple[int, int]:
+    device = os.fstat(fd).st_dev
+    return os.major(device), os.minor(device)

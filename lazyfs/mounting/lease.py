@@ -82,16 +82,15 @@ class Lease:
             "ephemeral_upper": ephemeral_upper,
             "image_dev": messages.format_dev(self.dev),
         }
-        as_request = {"op": "attached", "attached": attached}
+        request = {"op": "attached", "attached": attached}
         try:
-            # Joining a fuse mount, the connection carries requests; otherwise it waits for just this.
-            self._connection.ask(as_request if self.joined and self.backend == "fuse" else {"attached": attached})
+            self._connection.ask(request)
         except DaemonGone:
             if self.backend == "fuse":
                 raise
             # It died just now; its successor learns it.
             with launch.connect_or_start(self.wanted.cache, self.wanted.runtime) as again:
-                again.ask(as_request)
+                again.ask(request)
 
     def release(self) -> None:
         """Ends it. What was attached and reported stays. Idempotent."""

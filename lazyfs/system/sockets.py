@@ -1,4 +1,4 @@
-"""Unix sockets: who is at the other end, and descriptors by SCM_RIGHTS.
+"""Unix sockets: listening, who is at the other end, and descriptors by SCM_RIGHTS.
 
 `_socket` is the C half of `socket`, and all that is needed of it; the other half takes 4 ms to import, with enum and
 selectors. Each `socket.socket` is one of its sockets, too.
@@ -15,6 +15,7 @@ from lazyfs.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
 
@@ -36,6 +37,31 @@ def connect(path: str, timeout_s: float) -> Socket:
 def pair() -> tuple[Socket, Socket]:
     """Two stream sockets that are connected to each other. Raises OSError."""
     return _socket.socketpair()
+
+
+def listen_private(path: str) -> socket.socket:
+    """A listening socket at `path` that only this user may connect to. Renamed into place when it listens, so nobody
+    finds one that refuses, and one that a killed process left is replaced. `path`.new: at most 107 bytes. Raises
+    OSError."""
+    import contextlib
+    import socket
+
+    new = path + ".new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        umask = os.umask(0o177)
+        try:
+            listener.bind(new)
+        finally:
+            os.umask(umask)
+        listener.listen(128)
+        os.rename(new, path)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def peer_uid(connection: Socket) -> int:

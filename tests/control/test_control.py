@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.control import client, messages
+from lazyfs.control import client, messages, replies, requests
 from lazyfs.control.client import Connection, DaemonGone, DaemonSilent
-from lazyfs.control.messages import Attached, LineBuffer, ProtocolError, Request
+from lazyfs.control.messages import LineBuffer, ProtocolError
+from lazyfs.control.requests import Attached, FuseMount, Hold, Mount, Ping, Release, Stats
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, Unsupported, UserError
 from lazyfs.sources.access import Access, from_json
 from lazyfs.system import sockets
@@ -49,8 +50,7 @@ def test_a_mount_request_survives_the_wire() -> None:
         },
         "timeout_s": 5,
     }
-    assert messages.parse_request(messages.encode(message)) == Request(
-        "mount",
+    assert requests.parse_request(messages.encode(message)) == Mount(
         image="debian:12",
         access=Access(offline=True, platform="linux/amd64", ca_files=("/ca",), environ={"HOME": "/root"}),
         timeout_s=5.0,
@@ -62,7 +62,7 @@ def test_access_travels_as_it_is() -> None:
     access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"})
     assert all(value != default for value, default in zip(access, Access(), strict=True))
     message = {"op": "mount", "image": "a", "access": access.to_json()}
-    assert messages.parse_request(messages.encode(message)).access == access
+    assert requests.parse_request(messages.encode(message)) == Mount("a", access)
     assert from_json(Access().to_json()) == Access()
 
 
@@ -70,24 +70,31 @@ def test_a_fuse_mount_request() -> None:
     line = messages.encode(
         {"op": "fuse_mount", "image": "a", "target": "/t", "allow_other": True, "exec": False}
     )
-    assert messages.parse_request(line) == Request(
-        "fuse_mount", image="a", target="/t", allow_other=True, executable=False
+    assert requests.parse_request(line) == FuseMount(
+        Mount("a"), target="/t", allow_other=True, executable=False
     )
 
 
-def test_attached_and_stats_requests() -> None:
+def test_the_other_requests() -> None:
     place = {"dev": "0:41", "target": "/t", "ephemeral_upper": "/c/uppers/x", "image_dev": "0:40"}
-    request = messages.parse_request(messages.encode({"op": "attached", "attached": place}))
-    assert request.attached == Attached((0, 41), "/t", "/c/uppers/x", (0, 40))
-    assert messages.parse_request(b'{"op":"stats","dev":"0:41"}').dev == (0, 41)
-    assert messages.parse_request(b'{"op":"ping","later":1}') == Request("ping")
+    attached = requests.parse_request(messages.encode({"op": "attached", "attached": place}))
+    assert attached == Attached((0, 41), "/t", "/c/uppers/x", (0, 40)) and attached.to_json() == place
+    assert requests.parse_request(b'{"op":"stats","dev":"0:41"}') == Stats((0, 41))
+    assert requests.parse_request(b'{"op":"hold","name":"n","dev":"0:41"}') == Hold("n", (0, 41))
+    assert requests.parse_request(b'{"op":"release","name":"n"}') == Release("n")
+    assert requests.parse_request(b'{"op":"ping","later":1}') == Ping()
+
+
+def test_each_operation_has_a_record_and_a_reply() -> None:
+    assert set(replies.REPLIES) == set(requests.OPERATIONS)
+    assert len({kind for kind, _ in requests.OPERATIONS.values()}) == len(requests.OPERATIONS)
 
 
 def test_names_that_are_not_utf_8_survive() -> None:
     name = os.fsdecode(b"/t/\xff")
     line = messages.encode({"op": "attached", "attached": {"dev": "1:2", "target": name}})
-    attached = messages.parse_request(line).attached
-    assert attached is not None and os.fsencode(attached.target) == b"/t/\xff"
+    attached = requests.parse_request(line)
+    assert isinstance(attached, Attached) and os.fsencode(attached.target) == b"/t/\xff"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,10 @@ def test_names_that_are_not_utf_8_survive() -> None:
         b'{"op":"stats","dev":"1"}',
         b'{"op":"stats","dev":"-1:2"}',
         b'{"op":"stats","dev":"1:99999999999"}',
+        b'{"op":"hold","name":"","dev":"1:2"}',
+        b'{"op":"hold","name":"n"}',
+        b'{"op":"release"}',
+        b'{"attached":{"dev":"1:2","target":"/t"}}',
         b'{"op":"attached","attached":{"dev":"1:2"}}',
         b'{"op":"attached","attached":{"dev":"1:2","target":"t"}}',
         b'{"op":"attached","attached":{"dev":"1:2","target":"/t","ephemeral_upper":"x"}}',
@@ -129,27 +140,27 @@ def test_names_that_are_not_utf_8_survive() -> None:
 )
 def test_a_wrong_request_is_refused(line: bytes) -> None:
     with pytest.raises(ProtocolError):
-        messages.parse_request(line)
+        requests.parse_request(line)
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_line_is_parsed_or_refused(line: bytes) -> None:
     with contextlib.suppress(ProtocolError):
-        messages.parse_request(line)
+        requests.parse_request(line)
 
 
 @given(
     st.fixed_dictionaries(
-        {"op": st.sampled_from(messages.OPERATIONS)},
+        {"op": st.sampled_from(list(requests.OPERATIONS))},
         optional={
             name: JSON
-            for name in "image access timeout_s push_index dev attached target allow_other exec".split()  # noqa: SIM905
+            for name in "image access timeout_s push_index dev attached target allow_other exec name".split()  # noqa: SIM905
         },
     )
 )
 def test_any_field_is_parsed_or_refused(message: dict[str, object]) -> None:
     with contextlib.suppress(ProtocolError):
-        messages.parse_request(json.dumps(message).encode())
+        requests.parse_request(json.dumps(message).encode())
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
@@ -183,7 +194,7 @@ def test_a_message_over_the_limit_is_not_sent() -> None:
     [UserError("m", "h"), RemoteError("m"), ImageError("m", "h"), HostError("m"), NotFound("m", "h"), Unsupported("m")],
 )
 def test_errors_keep_their_fault_and_hint(error: LazyfsError) -> None:
-    back = client.error_from(messages.decode(messages.failure(error)))
+    back = client.error_from(messages.decode(replies.failure(error)))
     assert type(back) is type(error) and str(back) == str(error) and back.exit_code == error.exit_code
 
 
@@ -202,7 +213,7 @@ def test_without_a_known_code_the_kind_counts(code: object) -> None:
 def test_an_older_client_finds_the_kind_it_knows() -> None:
     """It reads kind, message and hint."""
     for error, kind in ((NotFound("m"), "image"), (Unsupported("m"), "host")):
-        assert messages.decode(messages.failure(error))["error"].items() >= {"kind": kind, "message": "m"}.items()
+        assert messages.decode(replies.failure(error))["error"].items() >= {"kind": kind, "message": "m"}.items()
 
 
 @given(JSON)
@@ -212,11 +223,11 @@ def test_a_malformed_error_is_a_protocol_error(value: object) -> None:
 
 def test_progress_then_the_answer(pair: tuple[Connection, socket.socket]) -> None:
     connection, theirs = pair
-    theirs.sendall(messages.progress("one") + messages.progress("two") + messages.ok(x=1))
+    theirs.sendall(replies.progress("one") + replies.progress("two") + replies.ok(x=1))
     seen: list[str] = []
     assert connection.ask({"op": "ping"}, 5, seen.append) == {"ok": True, "x": 1}
     assert seen == ["one", "two"]
-    assert messages.parse_request(theirs.recv(1000)).op == "ping"
+    assert requests.parse_request(theirs.recv(1000)) == Ping()
 
 
 def test_a_descriptor_comes_with_the_reply(pair: tuple[Connection, socket.socket], tmp_path: Path) -> None:
@@ -224,7 +235,7 @@ def test_a_descriptor_comes_with_the_reply(pair: tuple[Connection, socket.socket
     with open(tmp_path / "f", "w+b") as file:
         file.write(b"content")
         file.flush()
-        socket.send_fds(theirs, [messages.ok()], [file.fileno()])
+        socket.send_fds(theirs, [replies.ok()], [file.fileno()])
     connection.ask({"op": "mount"}, 5)
     fd = connection.take_fd()
     try:
@@ -239,7 +250,7 @@ def test_descriptors_nobody_took_are_closed() -> None:
     ours, theirs = socket.socketpair()
     reading, writing = os.pipe()
     with theirs, Connection(ours) as connection:
-        socket.send_fds(theirs, [messages.ok()], [writing])
+        socket.send_fds(theirs, [replies.ok()], [writing])
         os.close(writing)
         connection.ask({"op": "mount"}, 5)
     try:
@@ -250,7 +261,7 @@ def test_descriptors_nobody_took_are_closed() -> None:
 
 def test_too_many_descriptors_are_refused(pair: tuple[Connection, socket.socket]) -> None:
     connection, theirs = pair
-    socket.send_fds(theirs, [messages.ok()], [0, 1, 2])
+    socket.send_fds(theirs, [replies.ok()], [0, 1, 2])
     with pytest.raises(ProtocolError):
         connection.ask({"op": "mount"}, 5)
 
@@ -297,7 +308,7 @@ def test_the_peer_is_known(tmp_path: Path) -> None:
             with accepted:
                 assert sockets.peer_uid(accepted) == os.geteuid()
                 accepted.recv(1000)
-                accepted.sendall(messages.ok())
+                accepted.sendall(replies.ok())
 
         thread = threading.Thread(target=answer)
         thread.start()

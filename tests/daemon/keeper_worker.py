@@ -18,7 +18,8 @@ from pathlib import Path
 
 import trio
 
-from lazyfs.daemon.keeperlink import EXIT_ENDED, EXIT_SUCCESSOR, KeeperLink
+from lazyfs.daemon.handover import EXIT_ENDED, EXIT_SUCCESSOR
+from lazyfs.daemon.keeperlink import KeeperLink
 from lazyfs.fuse.device import Device
 from lazyfs.fuse.devices import DeviceServer, node_of
 from lazyfs.system.detached import clone_mount, erofs_mount_detached

@@ -21,10 +21,11 @@ from typing import Any
 
 import trio
 
-from lazyfs.control import messages
+from lazyfs.control.requests import Mount
 from lazyfs.daemon.fuseworker import OpenedImage, run
 from lazyfs.errors import RemoteError
 from lazyfs.images.documents import Missing
+from lazyfs.tasks import open_nursery
 
 
 class Disturbance:
@@ -102,7 +103,7 @@ def main() -> int:
     directory, cache, runtime, status_fd, fault_fd = sys.argv[1:]
 
     @contextlib.asynccontextmanager
-    async def opener(_: str, request: messages.Request) -> AsyncIterator[OpenedImage | Missing]:
+    async def opener(_: str, request: Mount) -> AsyncIterator[OpenedImage | Missing]:
         if request.image == "no-index":
             yield Missing("sha256:" + 64 * "1")
             return
@@ -110,7 +111,7 @@ def main() -> int:
             raise RemoteError("the registry has no such image", "check the name")
         disturbance = Disturbance()
         layers = [LocalLayer(f"{directory}/data-0", None), LocalLayer(f"{directory}/data-1", disturbance)]
-        async with trio.open_nursery() as nursery:
+        async with open_nursery() as nursery:
             nursery.start_soon(disturbance.obey, socket.socket(fileno=int(fault_fd)))
             yield LocalImage(request.image, "sha256:" + 64 * "0", f"{directory}/namespace.erofs", layers)
             nursery.cancel_scope.cancel()

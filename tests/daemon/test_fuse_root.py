@@ -24,6 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazyfs.control import client
+from lazyfs.control.replies import REPLIES
+from lazyfs.control.requests import Attached
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.errors import HostError, ImageError, RemoteError, UserError
 from lazyfs.fuse.root import RootOperations, may_have_acls
@@ -60,7 +62,7 @@ class Served:
 
     def mount(self, **fields: Any) -> dict[str, Any]:
         reply = self.ask(**fields)
-        self.connection.ask({"attached": {"dev": reply["dev"], "target": str(self.target)}}, ANSWER_S)
+        self.connection.ask({"op": "attached", "attached": {"dev": reply["dev"], "target": str(self.target)}}, ANSWER_S)
         return reply
 
     @property
@@ -277,12 +279,12 @@ def test_access_lists_are_enforced(tmp_path: Path, target: Path, serve: Serve) -
 
 def test_plain_umount_ends_the_process(tmp_path: Path, target: Path, serve: Serve) -> None:
     served = serve(small_image(tmp_path))
-    reply = served.mount()
+    served.mount()
     entry = next(entry for entry in mounts() if entry.mountpoint == str(target))
     assert (entry.fstype, entry.source) == ("fuse.lazyfs", "registry.example/image:1")
     assert stat.S_IMODE(served.socket_path.stat().st_mode) == 0o600
     listed = served.control(op="list")["mounts"]
-    assert [one["targets"] for one in listed] == [[{"dev": reply["dev"], "target": str(target)}]]
+    assert [one["targets"] for one in listed] == [[Attached(entry.dev, str(target)).to_json()]]
     with pytest.raises(UserError):
         served.control(op="stats", dev="0:0")
     subprocess.run(["umount", str(target)], check=True)
@@ -390,7 +392,9 @@ def test_an_ordinary_user_mounts_by_fusermount3(tmp_path: Path, target: Path, se
 
 def test_ephemeral_uppers_go_with_the_mount_and_only_those_of_the_cache(tmp_path: Path, serve: Serve) -> None:
     served = serve(small_image(tmp_path))
-    dev = served.mount()["dev"]
+    reply = served.mount()
+    assert set(reply) == {"ok", *REPLIES["fuse_mount"]}
+    dev = reply["dev"]
     upper = tmp_path / "run/cache/uppers/abc"
     (upper / "upper").mkdir(parents=True)
     for directory in (upper.parent, upper.parent.parent):

@@ -19,7 +19,8 @@ import pytest
 from lazyfs.core.erofs.writer import Device, write_erofs
 from lazyfs.core.tar.reader import Kind
 from lazyfs.core.tar.tree import Node
-from lazyfs.daemon.keeper import backoff_s, parse_arguments
+from lazyfs.daemon.arguments import parse_arguments
+from lazyfs.daemon.keeper import backoff_s
 from lazyfs.errors import UserError
 from lazyfs.system.sockets import recv_fds
 

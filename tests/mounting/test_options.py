@@ -198,12 +198,12 @@ def test_a_new_option_is_written_at_two_places(tmp_path: Path) -> None:
     line = '    _flag("made_up", "what was made up", made_up=True),'
     _insert(tmp_path / "lazyfs/mounting/options.py", '    _flag("offline", ', line)
     code = (
-        "from lazyfs.control import messages; from lazyfs.daemon import roots\n"
+        "from lazyfs.control import messages, requests; from lazyfs.daemon import state\n"
         "from lazyfs.mounting import options\n"
         "access = options.parse(['made_up,timeout=3']).access\n"
         "line = messages.encode({'op': 'mount', 'image': 'a', 'access': access.to_json()})\n"
-        "assert messages.parse_request(line).access.made_up is True\n"
-        "assert messages.parse_access(access.to_json()) == access  # the state file's form\n"
+        "assert requests.parse_request(line).access.made_up is True\n"
+        "assert requests.parse_access(access.to_json()) == access  # the state file's form\n"
         "assert 'what was made up' in options.help_text()\n"
     )
     command = [sys.executable, "-P", "-c", code]
