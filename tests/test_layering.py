@@ -38,7 +38,7 @@ ONLY = {
 }
 
 # Names in the cache directory, parts of paths in cache/ only: others ask it where something is.
-CACHE_NAMES = {"layers", "indexes", "scans", "refs", "uppers", "tmp", "table", "present"}
+CACHE_NAMES = {"layers", "indexes", "scans", "refs", "uppers", "tmp", "table", "present", "groups", "namespace.erofs"}
 
 # What makes a module impure: I/O, clocks, tasks, processes, randomness. `urllib.parse` is pure, and `mmap` is
 # there as the type of a buffer that somebody else has mapped.

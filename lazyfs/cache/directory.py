@@ -31,7 +31,7 @@ _CREATE_TRIES = 16
 _FOLDERS = {"layer": places.LAYERS, "image": places.INDEXES, "scan": places.SCANS}
 
 
-class BlockCache:
+class CacheDirectory:
     """The cache directory. Cheap to open; any number of processes may use it at once."""
 
     def __init__(self, path: str) -> None:

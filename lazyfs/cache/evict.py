@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 from lazyfs.cache import uppers
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.locks import exclusive
 from lazyfs.cache.places import LOCK, REMOVED
 from lazyfs.core.oci.reference import is_digest
@@ -36,7 +36,7 @@ class Entry:
     in_use: bool
 
 
-def entries(cache: BlockCache) -> list[Entry]:
+def entries(cache: CacheDirectory) -> list[Entry]:
     """Everything in the cache, least recently used first."""
     found = []
     for kind, path in cache.entry_paths():
@@ -54,7 +54,7 @@ def entries(cache: BlockCache) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used_at_s)
 
 
-def remove(cache: BlockCache, entry: Entry) -> bool:
+def remove(cache: CacheDirectory, entry: Entry) -> bool:
     """Removes one entry unless it is in use. Returns whether it is gone."""
     if entry.kind == "upper":
         return uppers.remove(cache.path, entry.path)
@@ -78,7 +78,7 @@ def _delete(path: str) -> None:
         os.unlink(path)
 
 
-def collect(cache: BlockCache, max_bytes: int | None) -> tuple[int, int]:
+def collect(cache: CacheDirectory, max_bytes: int | None) -> tuple[int, int]:
     """Evicts least recently used entries until the cache is at most `max_bytes`; None: all that are not in use.
 
     Returns bytes freed and bytes left. Removes in any case upper directories that nobody holds, since no mount will use
@@ -101,7 +101,7 @@ def collect(cache: BlockCache, max_bytes: int | None) -> tuple[int, int]:
     return freed, total - freed
 
 
-def verify(cache: BlockCache) -> tuple[int, int, list[str]]:
+def verify(cache: CacheDirectory) -> tuple[int, int, list[str]]:
     """Checks every present block against its sha256 and marks damaged ones absent, so that they are fetched again.
 
     Returns the number of blocks checked, the number of damaged ones, and the content roots of entries that cannot be
@@ -125,7 +125,7 @@ def verify(cache: BlockCache) -> tuple[int, int, list[str]]:
     return checked, damaged, broken
 
 
-def _sweep(cache: BlockCache) -> None:
+def _sweep(cache: CacheDirectory) -> None:
     for name in os.listdir(cache.tmp):
         path = os.path.join(cache.tmp, name)
         with contextlib.suppress(OSError):

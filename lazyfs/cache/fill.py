@@ -9,7 +9,7 @@ from array import array
 
 import xxhash
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.layer import DATA, PRESENT, TABLE, write_block
 from lazyfs.cache.places import LOCK
 from lazyfs.core.layer.blocks import BlockTable
@@ -19,7 +19,7 @@ from lazyfs.errors import HostError
 class LayerFill:
     """Takes the blocks of one layer one by one. `publish` makes a cache entry of them, `discard` drops them."""
 
-    def __init__(self, cache: BlockCache) -> None:
+    def __init__(self, cache: CacheDirectory) -> None:
         self._cache = cache
         self._marks = array("Q")
         try:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Sequence
 
 from lazyfs.cache import places
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory, kept_indexes, read_file, write_small
 from lazyfs.cache.locks import lock_shared
 from lazyfs.core.index.imageindex import ImageIndex, LayerPart
@@ -35,7 +35,7 @@ class KeptLayerIndex:
     Methods are synchronous, and may be called from any thread.
     """
 
-    def __init__(self, cache: BlockCache, blob_digest: str, index_digest: str) -> None:
+    def __init__(self, cache: CacheDirectory, blob_digest: str, index_digest: str) -> None:
         """HostError: the disk is full or fails."""
         self._lock_fd = -1
         directory = _directory(cache, blob_digest)
@@ -100,7 +100,7 @@ class MadeLayer:
         )
 
 
-def load_made(cache: BlockCache, layer: Descriptor, diff_id: DiffId) -> MadeLayer | None:
+def load_made(cache: CacheDirectory, layer: Descriptor, diff_id: DiffId) -> MadeLayer | None:
     """The index that this host made of a layer, and notes the use; None if there is none that is whole: read the layer.
 
     It was made when the blob had the digest, and decoded to the DiffID, that its image gave. Here `layer` and `diff_id`
@@ -123,7 +123,7 @@ def load_made(cache: BlockCache, layer: Descriptor, diff_id: DiffId) -> MadeLaye
     return None
 
 
-def made_bytes(cache: BlockCache, blob_digest: str) -> int | None:
+def made_bytes(cache: CacheDirectory, blob_digest: str) -> int | None:
     """How large the index is that this host made of a layer, or None if there is none."""
     directory = _directory(cache, blob_digest)
     for name in _made_names(directory):
@@ -132,7 +132,7 @@ def made_bytes(cache: BlockCache, blob_digest: str) -> int | None:
     return None
 
 
-def keep_made(cache: BlockCache, made: MadeLayer) -> None:
+def keep_made(cache: CacheDirectory, made: MadeLayer) -> None:
     """Keep it. HostError: disk."""
     directory = _directory(cache, made.part.record.blob_digest)
     try:
@@ -149,7 +149,7 @@ def keep_made(cache: BlockCache, made: MadeLayer) -> None:
         raise HostError(f"cannot write to the cache: {error.strerror}", "check the disk") from None
 
 
-def copy_index(cache: BlockCache, other: BlockCache, manifest_digest: str) -> None:
+def copy_index(cache: CacheDirectory, other: CacheDirectory, manifest_digest: str) -> None:
     """Gives another cache all that this one has of the index of an image, but no data of its layers. OSError."""
     shutil.copytree(
         index_directory(cache, manifest_digest), index_directory(other, manifest_digest), dirs_exist_ok=True
@@ -161,7 +161,7 @@ def copy_index(cache: BlockCache, other: BlockCache, manifest_digest: str) -> No
                 shutil.copytree(_directory(cache, blob_digest), _directory(other, blob_digest), dirs_exist_ok=True)
 
 
-def load_chain(cache: BlockCache, layers: Sequence[Descriptor]) -> ImageIndex | None:
+def load_chain(cache: CacheDirectory, layers: Sequence[Descriptor]) -> ImageIndex | None:
     """The tree of these layers, if it is kept, as the index of an image with these layers. Nothing in it is checked but
     its form."""
     blob = read_file(_chain_path(cache, layers))
@@ -173,18 +173,18 @@ def load_chain(cache: BlockCache, layers: Sequence[Descriptor]) -> ImageIndex | 
         return None
 
 
-def keep_chain(cache: BlockCache, layers: Sequence[Descriptor], blob: bytes) -> None:
+def keep_chain(cache: CacheDirectory, layers: Sequence[Descriptor], blob: bytes) -> None:
     """Keep the tree of these layers, as the index of an image of them. It only saves time: a full disk is no error."""
     with contextlib.suppress(HostError):
         cache.write_atomically(_chain_path(cache, layers), blob)
 
 
-def _chain_path(cache: BlockCache, layers: Sequence[Descriptor]) -> str:
+def _chain_path(cache: CacheDirectory, layers: Sequence[Descriptor]) -> str:
     chain = hashlib.sha256(" ".join(layer.digest for layer in layers).encode()).hexdigest()
     return os.path.join(_directory(cache, layers[-1].digest), f"chain-{chain}")
 
 
-def _directory(cache: BlockCache, blob_digest: str) -> str:
+def _directory(cache: CacheDirectory, blob_digest: str) -> str:
     return cache.scan_path(blob_digest)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from lazyfs.cache import places
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.scans import copy_index
 from lazyfs.commands.bars import layer_bars
 from lazyfs.commands.containers import container_mount, say
@@ -47,7 +47,7 @@ def analyze(args: argparse.Namespace) -> int:
     options: MountOptions = args.options
     if args.plot:
         from lazyfs.commands import plot  # before the work: it may not be there
-    cache = BlockCache(places.cache_directory(options.cache))
+    cache = CacheDirectory(places.cache_directory(options.cache))
     reference, manifest_digest, index = _index(cache, args.image, options)
     layers = [(layer.head.record, BlockTable(layer.head.table())) for _, layer in sorted(index.layers.items())]
     own = {record.content_root for record, _ in layers}
@@ -65,7 +65,7 @@ def analyze(args: argparse.Namespace) -> int:
     return code
 
 
-def _index(cache: BlockCache, image: str, options: MountOptions) -> tuple[str, str, Found]:
+def _index(cache: CacheDirectory, image: str, options: MountOptions) -> tuple[str, str, Found]:
     """Reference, manifest digest and index of an image. An index that is neither here nor attached is made, and
     kept, but no data with it."""
     found: list[tuple[str, str, Found]] = []
@@ -88,12 +88,12 @@ def _index(cache: BlockCache, image: str, options: MountOptions) -> tuple[str, s
     return found[0]
 
 
-def _present(cache: BlockCache, content_root: str, table: BlockTable) -> Sequence[int]:
+def _present(cache: CacheDirectory, content_root: str, table: BlockTable) -> Sequence[int]:
     entry = cache.peek(content_root)
     return bytes(table.count) if entry is None else entry[1]
 
 
-def _blocks_of_others(cache: BlockCache, own: set[str]) -> set[bytes]:
+def _blocks_of_others(cache: CacheDirectory, own: set[str]) -> set[bytes]:
     """sha256 of all blocks that the cache has of layers that this image, which has `own`, does not have."""
     digests: set[bytes] = set()
     for content_root in cache.content_roots():
@@ -122,7 +122,7 @@ class _CountingRoots(MountedRoots):
         super().detach(target)
 
 
-def _start(cache: BlockCache, manifest_digest: str, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _start(cache: CacheDirectory, manifest_digest: str, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Runs the command in a container with an empty cache; its exit code, and what it read."""
     with _empty_cache(cache, manifest_digest) as private:
         request = RunRequest(
@@ -149,11 +149,11 @@ def _start(cache: BlockCache, manifest_digest: str, args: argparse.Namespace) ->
 
 
 @contextlib.contextmanager
-def _empty_cache(cache: BlockCache, manifest_digest: str) -> Iterator[BlockCache]:
+def _empty_cache(cache: CacheDirectory, manifest_digest: str) -> Iterator[CacheDirectory]:
     """A cache that has an image's index and nothing of its data. Removed afterwards, its daemon, too."""
     directory = tempfile.mkdtemp(prefix="analyze-", dir=cache.tmp)
     try:
-        private = BlockCache(os.path.join(directory, "cache"))
+        private = CacheDirectory(os.path.join(directory, "cache"))
         copy_index(cache, private, manifest_digest)
         try:
             yield private

@@ -8,14 +8,14 @@ import sys
 import time
 
 from lazyfs.cache import evict, places
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.commands.report import human_bytes, table
 from lazyfs.errors import UserError
 
 
 def cache(args: argparse.Namespace) -> int:
     """`lazyfs cache du|verify|prune|gc`."""
-    store = BlockCache(places.cache_directory(args.cache))
+    store = CacheDirectory(places.cache_directory(args.cache))
     if args.action == "du":
         return _du(store, args.json)
     if args.action == "verify":
@@ -39,7 +39,7 @@ def cache(args: argparse.Namespace) -> int:
     return 0
 
 
-def _du(store: BlockCache, as_json: bool) -> int:
+def _du(store: CacheDirectory, as_json: bool) -> int:
     listed = evict.entries(store)
     if as_json:
         rows = [

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from lazyfs.cache import places
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.commands.bars import layer_bars
 from lazyfs.commands.report import human_bytes
 from lazyfs.indexing.missing import build, resolved_image, run_async
@@ -19,7 +19,7 @@ from lazyfs.mounting.options import MountOptions
 def index(args: argparse.Namespace) -> int:
     """`lazyfs index IMAGE [--push] [--output DIR]`."""
     options: MountOptions = args.options
-    cache = BlockCache(places.cache_directory(options.cache))
+    cache = CacheDirectory(places.cache_directory(options.cache))
     report: dict[str, Any] = {}
 
     async def work() -> None:

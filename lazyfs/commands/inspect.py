@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from lazyfs.cache import places
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.commands.report import human_bytes, table
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import ImageError
@@ -22,7 +22,7 @@ from lazyfs.mounting.options import MountOptions
 def inspect(args: argparse.Namespace) -> int:
     """`lazyfs inspect IMAGE`: layers, sizes, and whether an index is here or attached, and sound."""
     options: MountOptions = args.options
-    cache = BlockCache(places.cache_directory(options.cache))
+    cache = CacheDirectory(places.cache_directory(options.cache))
     report: dict[str, Any] = {}
 
     async def work() -> None:

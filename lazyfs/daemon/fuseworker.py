@@ -90,13 +90,13 @@ Opener = Callable[[str, Mount], AbstractAsyncContextManager[OpenedImage | Missin
 @contextlib.asynccontextmanager
 async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | Missing]:
     """The image of `request`, from the cache directory `cache`. Raises LazyfsError."""
-    from lazyfs.cache.directory import BlockCache
+    from lazyfs.cache.directory import CacheDirectory
     from lazyfs.serving.store import ImageStore
 
     # The client started this process for this image, so all of its environment is here already: helpers get it whole.
     access = request.access._replace(environ=None)
     async with open_nursery() as nursery:
-        store = ImageStore(BlockCache(cache), nursery)
+        store = ImageStore(CacheDirectory(cache), nursery)
         image = await store.open(request.image, access, request.timeout_s, make_index=not request.push_index)
         try:
             yield image

@@ -26,7 +26,7 @@ import sys
 
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.control.server import Service, serve
 from lazyfs.daemon import state
 from lazyfs.daemon.arguments import parse_arguments
@@ -56,7 +56,7 @@ class Daemon:
     """The parts of one worker process."""
 
     def __init__(
-        self, link: KeeperLink, cache: BlockCache, runtime: str, linger_s: float, nursery: trio.Nursery
+        self, link: KeeperLink, cache: CacheDirectory, runtime: str, linger_s: float, nursery: trio.Nursery
     ) -> None:
         self.link = link
         self.life = Life()
@@ -91,7 +91,7 @@ async def run(cache_path: str, runtime: str, linger_s: float) -> int:
     """The worker's main task; returns its exit status."""
     link = KeeperLink.from_environment()
     async with trio.open_nursery() as nursery:
-        daemon = Daemon(link, BlockCache(cache_path), runtime, linger_s, nursery)
+        daemon = Daemon(link, CacheDirectory(cache_path), runtime, linger_s, nursery)
         await daemon.restore()
         server = DeviceServer(link.fuse_fd, daemon.devices, link.mount_fd, log=log.error)
         nursery.start_soon(daemon.life.until_signalled)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import trio
 
 from lazyfs.cache import images
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory, read_file
 from lazyfs.cache.scans import KeptLayerIndex
 from lazyfs.core.erofs.reader import ErofsReader
@@ -54,7 +54,7 @@ class Missing(NamedTuple):
     reasons: tuple[str, ...] = ()
 
 
-async def load_config(cache: BlockCache, resolved: Resolved) -> bytes:
+async def load_config(cache: CacheDirectory, resolved: Resolved) -> bytes:
     """The image config's bytes, from the cache or the source; verified against the manifest."""
     path = os.path.join(index_directory(cache, resolved.manifest_digest), "config")
     wanted = resolved.manifest.config
@@ -70,7 +70,7 @@ async def load_config(cache: BlockCache, resolved: Resolved) -> bytes:
 
 
 async def find_index(
-    cache: BlockCache, resolved: Resolved, *, offline: bool = False, all_layers: bool = False
+    cache: CacheDirectory, resolved: Resolved, *, offline: bool = False, all_layers: bool = False
 ) -> Found | Missing:
     """The image's index, from the cache or attached in the registry, and then kept in the cache.
 
@@ -88,7 +88,7 @@ async def find_index(
 class _Finder:
     """One search. `reasons`: why what was found is of no use."""
 
-    def __init__(self, cache: BlockCache, resolved: Resolved, offline: bool, all_layers: bool) -> None:
+    def __init__(self, cache: CacheDirectory, resolved: Resolved, offline: bool, all_layers: bool) -> None:
         self.reasons: list[str] = []
         self._cache = cache
         self._resolved = resolved

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Iterable
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.scans import KeptLayerIndex
 from lazyfs.core.index.imageindex import MAX_HEADS_BYTES, ImageIndex, LayerPart
 from lazyfs.core.index.layerindex import LayerHead
@@ -20,7 +20,7 @@ _AT_ONCE = 8
 class Heads:
     """Those of one image's index. `source`: where what is not here is fetched from; None: from nowhere."""
 
-    def __init__(self, cache: BlockCache, index: ImageIndex, source: Source | None) -> None:
+    def __init__(self, cache: CacheDirectory, index: ImageIndex, source: Source | None) -> None:
         self._cache = cache
         self._index = index
         self._source = source

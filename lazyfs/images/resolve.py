@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory, make_index_directory, read_file
 from lazyfs.core.oci.documents import MAX_INDEX_DEPTH, Manifest, parse_manifest
 from lazyfs.core.oci.platforms import host_platform, select_platform
@@ -38,7 +38,7 @@ class Resolved:
 
 
 async def resolve(
-    cache: BlockCache,
+    cache: CacheDirectory,
     text: str,
     access: Access,
     known: str | None = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.scans import MadeLayer, keep_chain, load_chain
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.imageindex import INLINE_BYTES, encode_image
@@ -40,7 +40,7 @@ def assemble(
     resolved: Resolved,
     made: Sequence[MadeLayer],
     entries: Mapping[str, list[LayerEntry]],
-    scans: BlockCache | None,
+    scans: CacheDirectory | None,
 ) -> BuiltIndex:
     """The index of an image whose layers have these indexes. `entries`: by digest of a layer's blob, of layers that
     were read just now. `scans`: where trees are kept. Raises ImageError.
@@ -81,7 +81,7 @@ def _known(layers: Sequence[Descriptor], entries: Mapping[str, list[LayerEntry]]
 
 
 def _kept_tree(
-    scans: BlockCache | None, layers: Sequence[Descriptor], made: Sequence[MadeLayer]
+    scans: CacheDirectory | None, layers: Sequence[Descriptor], made: Sequence[MadeLayer]
 ) -> tuple[Node, int]:
     """The tree of as many of the lowest layers as one is kept of, and how many they are."""
     parts = [one.part for one in made]

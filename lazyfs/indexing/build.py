@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.fill import LayerFill
 from lazyfs.cache.scans import MadeLayer, keep_made, load_made
 from lazyfs.core.index.layerindex import LayerScan, encode_layer
@@ -53,9 +53,9 @@ class LayerProgress:
 async def build_index(
     resolved: Resolved,
     config: ImageConfig,
-    cache: BlockCache | None,
+    cache: CacheDirectory | None,
     on_progress: Callable[[LayerProgress], None] = lambda progress: None,
-    scans: BlockCache | None = None,
+    scans: CacheDirectory | None = None,
 ) -> BuiltIndex:
     """Streams the layers of an image and returns its index; with `cache`, their blocks are in there afterwards.
 
@@ -95,7 +95,7 @@ async def build_index(
     return await trio.to_thread.run_sync(assemble, resolved, ordered, entries, scans)
 
 
-def _encode(scan: LayerScan, scans: BlockCache | None) -> MadeLayer:
+def _encode(scan: LayerScan, scans: CacheDirectory | None) -> MadeLayer:
     made = MadeLayer(encode_layer(scan))
     if scans is not None:
         keep_made(scans, made)
@@ -106,7 +106,7 @@ async def _scan_layer(
     resolved: Resolved,
     layer: Descriptor,
     diff_id: str,
-    cache: BlockCache | None,
+    cache: CacheDirectory | None,
     on_progress: Callable[[LayerProgress], None],
 ) -> LayerScan:
     fill = await trio.to_thread.run_sync(LayerFill, cache) if cache is not None else None

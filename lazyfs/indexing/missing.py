@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import LazyfsError, RemoteError
 from lazyfs.images.documents import load_config
@@ -32,7 +32,7 @@ def build_missing_index(
 ) -> None:
     """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index. `known`: the
     manifest's digest, if the caller knows it; one that is in the cache is not asked for again."""
-    cache = BlockCache(cache_path)
+    cache = CacheDirectory(cache_path)
 
     async def work() -> None:
         async with resolved_image(cache, image, access, known) as resolved:
@@ -45,7 +45,7 @@ def build_missing_index(
 
 @contextlib.asynccontextmanager
 async def resolved_image(
-    cache: BlockCache, image: str, access: Access, known: str | None = None
+    cache: CacheDirectory, image: str, access: Access, known: str | None = None
 ) -> AsyncIterator[Resolved]:
     """The resolved image; its source is closed at the end."""
     with trio.fail_after(DOCUMENTS_S):
@@ -57,7 +57,7 @@ async def resolved_image(
             await resolved.source.aclose()
 
 
-async def build(cache: BlockCache, resolved: Resolved, *, fill: bool, bars: Bars | None = None) -> BuiltIndex:
+async def build(cache: CacheDirectory, resolved: Resolved, *, fill: bool, bars: Bars | None = None) -> BuiltIndex:
     """Reads all layers once and keeps the index; with `fill`, all data, too. Raises LazyfsError."""
     with trio.fail_after(DOCUMENTS_S):
         config = parse_config(await load_config(cache, resolved))

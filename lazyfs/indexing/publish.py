@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import keep_index
 from lazyfs.core.index.imageindex import ARTIFACT_TYPE, IMAGE_MEDIA_TYPE
 from lazyfs.core.index.layerindex import LAYER_MEDIA_TYPE
@@ -26,7 +26,7 @@ from lazyfs.tasks import together
 _PUSHES_AT_ONCE = 8
 
 
-async def push_index(cache: BlockCache, resolved: Resolved, built: BuiltIndex) -> str:
+async def push_index(cache: CacheDirectory, resolved: Resolved, built: BuiltIndex) -> str:
     """Attaches the index to its image where that comes from, and notes it in the cache. As attach_index."""
     digest = await attach_index(resolved.source, resolved, built)
     keep_index(cache, resolved.manifest_digest, built.index, attached=True)

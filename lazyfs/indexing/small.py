@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import keep_index
 from lazyfs.cache.scans import made_bytes
 from lazyfs.core.oci.documents import ImageConfig
@@ -28,7 +28,7 @@ _SMALL_S = 5.0
 
 
 async def make_index(
-    cache: BlockCache,
+    cache: CacheDirectory,
     resolved: Resolved,
     config: ImageConfig,
     *,
@@ -41,7 +41,7 @@ async def make_index(
     return built
 
 
-async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageConfig) -> bool:
+async def make_small_index(cache: CacheDirectory, resolved: Resolved, config: ImageConfig) -> bool:
     """As make_index, data and all, if that is soon done. False if not, or if small blobs turn out to hold much."""
     if not await trio.to_thread.run_sync(_is_small, cache, resolved):
         return False
@@ -59,7 +59,7 @@ async def make_small_index(cache: BlockCache, resolved: Resolved, config: ImageC
     return not limit.cancelled_caught
 
 
-def _is_small(cache: BlockCache, resolved: Resolved) -> bool:
+def _is_small(cache: CacheDirectory, resolved: Resolved) -> bool:
     """Whether the layers that were not read before, and what is known of the others, are small."""
     unread_bytes = scans_bytes = 0
     for layer in resolved.manifest.layers:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import forget_indexes, make_index_directory, namespace_path
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.cache.locks import lock_shared
@@ -41,7 +41,7 @@ class ImageStore:
     `nursery`.
     """
 
-    def __init__(self, cache: BlockCache, nursery: trio.Nursery) -> None:
+    def __init__(self, cache: CacheDirectory, nursery: trio.Nursery) -> None:
         self.cache = cache
         self.images: dict[str, Image] = {}  # by manifest digest
         self.handles: dict[str, LayerHandle] = {}  # by content root
@@ -119,7 +119,7 @@ class ImageStore:
     async def _make_index(self, resolved: Resolved, config: bytes, missing: Missing) -> Found | Missing:
         """Makes a missing index if nearly all of the image was read before."""
 
-        def load() -> Callable[[BlockCache, Resolved, ImageConfig], Awaitable[bool]]:
+        def load() -> Callable[[CacheDirectory, Resolved, ImageConfig], Awaitable[bool]]:
             from lazyfs.indexing.small import make_small_index  # here, in a thread: takes 30 ms, and is rarely wanted
 
             return make_small_index

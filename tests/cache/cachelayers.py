@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder
 
@@ -63,7 +63,7 @@ def make_layer(sizes: list[int], seed: int = 1) -> TestLayer:
 LAYER = make_layer([1, 4096, 5000, BLOCK_BYTES + 1, 70_000, 3 * BLOCK_BYTES])
 
 
-def entry(cache: BlockCache, layer: TestLayer, name: str) -> str:
+def entry(cache: CacheDirectory, layer: TestLayer, name: str) -> str:
     """Path of one file of a layer's cache entry."""
     return os.path.join(cache.layer_path(layer.content_root), name)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlockCache:
-    return BlockCache(str(tmp_path / "store"))
+def store(tmp_path: Path) -> CacheDirectory:
+    return CacheDirectory(str(tmp_path / "store"))

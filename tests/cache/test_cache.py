@@ -19,20 +19,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.locks import exclusive
 from lazyfs.errors import HostError, ImageError
 from tests.cache.cachelayers import LAYER, entry
 
 
 @contextlib.contextmanager
-def temporary_store() -> Iterator[BlockCache]:
+def temporary_store() -> Iterator[CacheDirectory]:
     """A store of its own for each example of a property."""
     with tempfile.TemporaryDirectory(prefix="blockcache-") as directory:
-        yield BlockCache(directory)
+        yield CacheDirectory(directory)
 
 
-def test_blocks_are_absent_until_published_and_then_right(store: BlockCache) -> None:
+def test_blocks_are_absent_until_published_and_then_right(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     assert layer.size_bytes == len(LAYER.device)
     assert layer.read(0, 1) is None
@@ -51,7 +51,7 @@ def test_blocks_are_absent_until_published_and_then_right(store: BlockCache) -> 
         layer.read(0, 1)
 
 
-def test_another_process_sees_what_was_published(store: BlockCache) -> None:
+def test_another_process_sees_what_was_published(store: CacheDirectory) -> None:
     first = store.create_layer(LAYER.content_root, LAYER.table)
     second = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(first, range(2))
@@ -61,7 +61,7 @@ def test_another_process_sees_what_was_published(store: BlockCache) -> None:
     second.close()
 
 
-def test_a_table_under_a_foreign_name_is_refused(store: BlockCache) -> None:
+def test_a_table_under_a_foreign_name_is_refused(store: CacheDirectory) -> None:
     with pytest.raises(ImageError):
         store.create_layer("0" * 64, LAYER.table)
     assert store.content_roots() == []
@@ -118,7 +118,7 @@ def damage(data: st.DataObject, path: str) -> None:
             )
 
 
-def test_a_data_file_cut_while_open_is_noticed(store: BlockCache) -> None:
+def test_a_data_file_cut_while_open_is_noticed(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
     assert layer.read(0, len(LAYER.device)) == LAYER.device
@@ -130,7 +130,7 @@ def test_a_data_file_cut_while_open_is_noticed(store: BlockCache) -> None:
     layer.close()
 
 
-def test_verify_finds_rot_and_a_refill_repairs_it(store: BlockCache) -> None:
+def test_verify_finds_rot_and_a_refill_repairs_it(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
     assert layer.verify() == []
@@ -144,7 +144,7 @@ def test_verify_finds_rot_and_a_refill_repairs_it(store: BlockCache) -> None:
     layer.close()
 
 
-def test_an_entry_without_a_lock_is_replaced(store: BlockCache) -> None:
+def test_an_entry_without_a_lock_is_replaced(store: CacheDirectory) -> None:
     os.mkdir(store.layer_path(LAYER.content_root))
     Path(store.layer_path(LAYER.content_root), "rubbish").write_text("x")
     layer = store.create_layer(LAYER.content_root, LAYER.table)
@@ -152,7 +152,7 @@ def test_an_entry_without_a_lock_is_replaced(store: BlockCache) -> None:
     layer.close()
 
 
-def test_many_threads_read_and_fill_one_layer(store: BlockCache) -> None:
+def test_many_threads_read_and_fill_one_layer(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     failures: list[object] = []
 
@@ -176,7 +176,7 @@ def test_many_threads_read_and_fill_one_layer(store: BlockCache) -> None:
     layer.close()
 
 
-def test_closing_below_busy_threads_never_touches_another_file(store: BlockCache, tmp_path: Path) -> None:
+def test_closing_below_busy_threads_never_touches_another_file(store: CacheDirectory, tmp_path: Path) -> None:
     """A descriptor's number is used again at once: a write that came too late would land in the
     wrong file.
     """
@@ -206,7 +206,7 @@ def test_closing_below_busy_threads_never_touches_another_file(store: BlockCache
 
 
 def fill_in_process(path: str, seed: int, barrier: Barrier, wrong: object) -> None:
-    store = BlockCache(path)
+    store = CacheDirectory(path)
     barrier.wait()
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     order = list(range(layer.table.count)) * 20
@@ -220,7 +220,7 @@ def fill_in_process(path: str, seed: int, barrier: Barrier, wrong: object) -> No
     os._exit(0)
 
 
-def test_two_processes_fill_one_layer_at_once(store: BlockCache) -> None:
+def test_two_processes_fill_one_layer_at_once(store: CacheDirectory) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
     processes = [
@@ -238,16 +238,16 @@ def test_two_processes_fill_one_layer_at_once(store: BlockCache) -> None:
 
 
 def test_an_unknown_version_and_a_place_that_is_no_directory_are_refused(tmp_path: Path) -> None:
-    BlockCache(str(tmp_path / "store"))
+    CacheDirectory(str(tmp_path / "store"))
     (tmp_path / "store" / "version").write_text("2\n")
     with pytest.raises(HostError, match="unknown version"):
-        BlockCache(str(tmp_path / "store"))
+        CacheDirectory(str(tmp_path / "store"))
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="cannot use"):
-        BlockCache(str(tmp_path / "file"))
+        CacheDirectory(str(tmp_path / "file"))
 
 
-def test_the_exclusive_lock_is_only_had_of_an_entry_nobody_uses(store: BlockCache) -> None:
+def test_the_exclusive_lock_is_only_had_of_an_entry_nobody_uses(store: CacheDirectory) -> None:
     path = entry(store, LAYER, "lock")
     with exclusive(path) as free:
         assert not free  # there is none

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from lazyfs.cache import evict
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.errors import ImageError
 from tests.cache.cachelayers import TestLayer, entry, make_layer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def put(store: BlockCache, number: int, age_s: float = 0) -> TestLayer:
+def put(store: CacheDirectory, number: int, age_s: float = 0) -> TestLayer:
     made = make_layer([50_000 + number], number)
     layer = store.create_layer(made.content_root, made.table)
     made.fill(layer)
@@ -30,7 +30,7 @@ def put(store: BlockCache, number: int, age_s: float = 0) -> TestLayer:
     return made
 
 
-def put_image(store: BlockCache, name: str) -> Path:
+def put_image(store: CacheDirectory, name: str) -> Path:
     directory = Path(store.path, "indexes", name * 64)
     (directory / "groups").mkdir(parents=True)
     (directory / "lock").touch()
@@ -38,7 +38,7 @@ def put_image(store: BlockCache, name: str) -> Path:
     return directory
 
 
-def test_the_least_recently_used_goes_first(store: BlockCache) -> None:
+def test_the_least_recently_used_goes_first(store: CacheDirectory) -> None:
     layers = [put(store, number, age_s=1000 - 100 * number) for number in range(5)]
     listed = evict.entries(store)
     assert [one.name for one in listed] == [layer.content_root for layer in layers]
@@ -49,7 +49,7 @@ def test_the_least_recently_used_goes_first(store: BlockCache) -> None:
     assert store.content_roots() == sorted(layer.content_root for layer in layers[2:])
 
 
-def test_opening_counts_as_use(store: BlockCache) -> None:
+def test_opening_counts_as_use(store: CacheDirectory) -> None:
     old, new = put(store, 1, 500), put(store, 2, 100)
     opened = store.open_layer(old.content_root)
     assert opened is not None
@@ -57,7 +57,7 @@ def test_opening_counts_as_use(store: BlockCache) -> None:
     assert [one.name for one in evict.entries(store)] == [new.content_root, old.content_root]
 
 
-def test_what_is_in_use_stays_and_works_on(store: BlockCache) -> None:
+def test_what_is_in_use_stays_and_works_on(store: CacheDirectory) -> None:
     used, free = put(store, 1), put(store, 2)
     layer = store.open_layer(used.content_root)
     assert layer is not None
@@ -71,7 +71,7 @@ def test_what_is_in_use_stays_and_works_on(store: BlockCache) -> None:
     assert store.open_layer(free.content_root) is None
 
 
-def test_images_and_their_references_go_together(store: BlockCache) -> None:
+def test_images_and_their_references_go_together(store: CacheDirectory) -> None:
     gone, kept = put_image(store, "a"), put_image(store, "b")
     references = Path(store.path, "refs")
     for name, text in (("1", "sha256:" + "a" * 64), ("2", "sha256:" + "b" * 64), ("3", ""), ("4", "\0" * 71)):
@@ -82,7 +82,7 @@ def test_images_and_their_references_go_together(store: BlockCache) -> None:
     assert sorted(os.listdir(references)) == ["2"]
 
 
-def test_rubbish_is_swept_and_work_in_progress_is_not(store: BlockCache) -> None:
+def test_rubbish_is_swept_and_work_in_progress_is_not(store: CacheDirectory) -> None:
     temporary = Path(store.path, "tmp")
     for name, age_s in (("old", 7200), ("new", 10), ("removed-1-x", 0), ("old-file", 7200)):
         if "file" in name:
@@ -99,7 +99,7 @@ def test_rubbish_is_swept_and_work_in_progress_is_not(store: BlockCache) -> None
     assert sorted(os.listdir(temporary)) == ["new", "writing"]
 
 
-def test_broken_entries_are_reported_and_removed(store: BlockCache) -> None:
+def test_broken_entries_are_reported_and_removed(store: CacheDirectory) -> None:
     broken, lockless, fine = (put(store, number) for number in range(3))
     os.truncate(entry(store, broken, "table"), 50)
     os.unlink(entry(store, lockless, "lock"))
@@ -118,7 +118,7 @@ def test_broken_entries_are_reported_and_removed(store: BlockCache) -> None:
 KILLED = """
 import os, shutil, signal, sys
 from lazyfs.cache import evict
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 real = {"rename": os.rename, "unlink": os.unlink, "rmdir": os.rmdir}
 left = int(sys.argv[2])
 def counting(name):
@@ -131,12 +131,12 @@ def counting(name):
     return call
 for name in real:
     setattr(os, name, counting(name))
-evict.collect(BlockCache(sys.argv[1]), None)
+evict.collect(CacheDirectory(sys.argv[1]), None)
 """
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 8, 11])
-def test_a_killed_gc_leaves_whole_entries_or_rubbish(store: BlockCache, step: int) -> None:
+def test_a_killed_gc_leaves_whole_entries_or_rubbish(store: CacheDirectory, step: int) -> None:
     layers = [put(store, number) for number in range(2)]
     process = subprocess.run(
         [sys.executable, "-c", KILLED, store.path, str(step)], env={"PYTHONPATH": str(ROOT)}, cwd=ROOT

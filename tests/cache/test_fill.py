@@ -6,13 +6,13 @@ import os
 
 import pytest
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.fill import LayerFill
 from lazyfs.errors import ImageError
 from tests.cache.cachelayers import LAYER, TestLayer, make_layer
 
 
-def fill(store: BlockCache, layer: TestLayer) -> None:
+def fill(store: CacheDirectory, layer: TestLayer) -> None:
     filling = LayerFill(store)
     try:
         for block in range(layer.blocks.count):
@@ -24,7 +24,7 @@ def fill(store: BlockCache, layer: TestLayer) -> None:
 
 @pytest.mark.parametrize("present", [range(0), range(3), None])
 def test_a_fill_makes_a_complete_entry_also_beside_an_open_one(
-    store: BlockCache, present: range | None
+    store: CacheDirectory, present: range | None
 ) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer, present)
@@ -34,7 +34,7 @@ def test_a_fill_makes_a_complete_entry_also_beside_an_open_one(
     assert os.listdir(os.path.join(store.path, "tmp")) == []
 
 
-def test_a_fill_of_an_empty_layer(store: BlockCache) -> None:
+def test_a_fill_of_an_empty_layer(store: CacheDirectory) -> None:
     empty = make_layer([])
     fill(store, empty)
     layer = store.open_layer(empty.content_root)
@@ -43,7 +43,7 @@ def test_a_fill_of_an_empty_layer(store: BlockCache) -> None:
 
 
 @pytest.mark.parametrize("discard", [True, False])
-def test_an_abandoned_fill_leaves_nothing(store: BlockCache, discard: bool) -> None:
+def test_an_abandoned_fill_leaves_nothing(store: CacheDirectory, discard: bool) -> None:
     filling = LayerFill(store)
     filling.add(0, b"x" * 1000)
     if not discard:  # the wrong table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.errors import HostError
 from tests.cache.cachelayers import LAYER, make_layer, small_disk
 from tests.cache.test_fill import fill
@@ -16,7 +16,7 @@ from tests.cache.test_fill import fill
 
 def test_a_full_disk_is_the_hosts_fault_and_the_cache_works_on(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 700_000) as disk:
-        store = BlockCache(str(disk / "store"))
+        store = CacheDirectory(str(disk / "store"))
         layer = store.create_layer(LAYER.content_root, LAYER.table)
         with pytest.raises(HostError, match="No space"):
             LAYER.fill(layer)
@@ -38,7 +38,7 @@ def test_marks_have_their_space_before_the_disk_is_full(tmp_path: Path) -> None:
     """A store through a memory map into a hole of a full disk would kill the process (SIGBUS)."""
     many = make_layer([1] * 3000)
     with small_disk(tmp_path / "disk", 14 << 20) as disk:
-        store = BlockCache(str(disk / "store"))
+        store = CacheDirectory(str(disk / "store"))
         layer = store.create_layer(many.content_root, many.table)
         with contextlib.suppress(OSError), open(disk / "hog", "wb", buffering=0) as hog:
             while hog.write(bytes(1 << 20)):
@@ -56,7 +56,7 @@ def test_marks_have_their_space_before_the_disk_is_full(tmp_path: Path) -> None:
 def test_no_room_for_an_entry(tmp_path: Path) -> None:
     many = make_layer([1] * 3000)
     with small_disk(tmp_path / "disk", 100_000) as disk:
-        store = BlockCache(str(disk / "store"))
+        store = CacheDirectory(str(disk / "store"))
         with pytest.raises(HostError):
             store.create_layer(many.content_root, many.table)
         assert store.content_roots() == []

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.layer.blocks import BLOCK_BYTES
 from tests.cache.cachelayers import LAYER, entry
 
 
-def test_complete_means_every_block(store: BlockCache) -> None:
+def test_complete_means_every_block(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     for block in reversed(range(layer.table.count)):
         assert not layer.is_complete()
@@ -21,7 +21,7 @@ def test_complete_means_every_block(store: BlockCache) -> None:
     layer.close()
 
 
-def test_a_layer_is_sealed_once_all_of_it_was_compared(store: BlockCache) -> None:
+def test_a_layer_is_sealed_once_all_of_it_was_compared(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     last = layer.table.count - 1
     LAYER.fill(layer, range(last))
@@ -37,7 +37,7 @@ def test_a_layer_is_sealed_once_all_of_it_was_compared(store: BlockCache) -> Non
 
 
 @pytest.mark.parametrize("event", ["write", "mark", "boot", "truncated note"])
-def test_a_layer_is_no_longer_sealed_after(store: BlockCache, event: str) -> None:
+def test_a_layer_is_no_longer_sealed_after(store: CacheDirectory, event: str) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
     assert layer.seal() and layer.is_sealed()
@@ -54,7 +54,7 @@ def test_a_layer_is_no_longer_sealed_after(store: BlockCache, event: str) -> Non
     layer.close()
 
 
-def test_sealing_finds_damage(store: BlockCache) -> None:
+def test_sealing_finds_damage(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
     with open(entry(store, LAYER, "data"), "r+b") as data:
@@ -70,7 +70,7 @@ def test_sealing_finds_damage(store: BlockCache) -> None:
     layer.close()
 
 
-def test_sealing_compares_what_was_read_before(store: BlockCache) -> None:
+def test_sealing_compares_what_was_read_before(store: CacheDirectory) -> None:
     """Damage to a block that was right when it was first read must not be sealed."""
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
@@ -82,7 +82,7 @@ def test_sealing_compares_what_was_read_before(store: BlockCache) -> None:
     layer.close()
 
 
-def test_sealing_goes_by_pieces(store: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sealing_goes_by_pieces(store: CacheDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lazyfs.cache.layer.SEAL_STEP_BYTES", BLOCK_BYTES)
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
@@ -91,7 +91,7 @@ def test_sealing_goes_by_pieces(store: BlockCache, monkeypatch: pytest.MonkeyPat
     layer.close()
 
 
-def test_sealing_begins_anew_when_somebody_writes(store: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sealing_begins_anew_when_somebody_writes(store: CacheDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lazyfs.cache.layer.SEAL_STEP_BYTES", BLOCK_BYTES)
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
@@ -104,7 +104,7 @@ def test_sealing_begins_anew_when_somebody_writes(store: BlockCache, monkeypatch
     layer.close()
 
 
-def test_sealing_does_not_read_the_disk(store: BlockCache) -> None:
+def test_sealing_does_not_read_the_disk(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
     with open(entry(store, LAYER, "data"), "rb") as data:

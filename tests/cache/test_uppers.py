@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.cache import evict, uppers
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.errors import UserError
 from lazyfs.system.detached import overlay_mount_detached
 from lazyfs.system.mountapi import open_tree_clone
@@ -34,11 +34,11 @@ def overlay(upper: uppers.Upper, lower: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def names(store: BlockCache) -> list[str]:
+def names(store: CacheDirectory) -> list[str]:
     return os.listdir(os.path.join(store.path, "uppers"))
 
 
-def test_a_record_says_what_it_is_for(store: BlockCache) -> None:
+def test_a_record_says_what_it_is_for(store: CacheDirectory) -> None:
     upper = uppers.make(store.path, "debian:12", DIGEST)
     (record,) = uppers.records(store.path)
     assert record == uppers.Record(upper.path, "debian:12", DIGEST, record.made_at_s, held=True)
@@ -47,14 +47,14 @@ def test_a_record_says_what_it_is_for(store: BlockCache) -> None:
     assert os.listdir(upper.upper) == [] and os.stat(upper.path).st_mode & 0o777 == 0o700
 
 
-def test_what_is_discarded_is_gone(store: BlockCache) -> None:
+def test_what_is_discarded_is_gone(store: CacheDirectory) -> None:
     upper = uppers.make(store.path, "a", DIGEST)
     Path(upper.upper, "file").write_text("x")
     upper.discard()
     assert names(store) == [] and os.listdir(os.path.join(store.path, "tmp")) == []
 
 
-def test_who_holds_it_keeps_it(store: BlockCache) -> None:
+def test_who_holds_it_keeps_it(store: CacheDirectory) -> None:
     upper = uppers.make(store.path, "a", DIGEST)
     held = uppers.HeldUppers(store.path)
     held.hold(upper.path)
@@ -68,7 +68,7 @@ def test_who_holds_it_keeps_it(store: BlockCache) -> None:
         held.hold(upper.path)
 
 
-def test_only_upper_directories_of_the_cache_are_held(store: BlockCache, tmp_path: Path) -> None:
+def test_only_upper_directories_of_the_cache_are_held(store: CacheDirectory, tmp_path: Path) -> None:
     uppers.make(store.path, "a", DIGEST).discard()
     for path in (tmp_path / "elsewhere", Path(store.path, "layers"), Path(store.path, "uppers/../layers")):
         path.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def test_only_upper_directories_of_the_cache_are_held(store: BlockCache, tmp_pat
             uppers.HeldUppers(store.path).hold(str(path))
 
 
-def test_the_kernel_keeps_it_when_every_process_was_killed(store: BlockCache, tmp_path: Path) -> None:
+def test_the_kernel_keeps_it_when_every_process_was_killed(store: CacheDirectory, tmp_path: Path) -> None:
     upper = uppers.make(store.path, "a", DIGEST)
     with overlay(upper, tmp_path / "lower") as fd:
         upper.close()
@@ -88,7 +88,7 @@ def test_the_kernel_keeps_it_when_every_process_was_killed(store: BlockCache, tm
     assert names(store) == []
 
 
-def test_a_maker_that_was_killed_leaves_what_is_swept(store: BlockCache) -> None:
+def test_a_maker_that_was_killed_leaves_what_is_swept(store: CacheDirectory) -> None:
     code = "import os, sys; from lazyfs.cache import uppers; uppers.make(sys.argv[1], 'a', 'b'); os._exit(1)"
     subprocess.run([sys.executable, "-c", code, store.path], cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     assert len(names(store)) == 1
@@ -96,7 +96,7 @@ def test_a_maker_that_was_killed_leaves_what_is_swept(store: BlockCache) -> None
     assert names(store) == []
 
 
-def test_one_without_record_and_lock_goes_too(store: BlockCache) -> None:
+def test_one_without_record_and_lock_goes_too(store: CacheDirectory) -> None:
     """As earlier versions made them."""
     old = Path(store.path, "uppers/0123")
     (old / "upper").mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_one_without_record_and_lock_goes_too(store: BlockCache) -> None:
     assert not old.exists()
 
 
-def test_du_and_gc_see_them(store: BlockCache) -> None:
+def test_du_and_gc_see_them(store: CacheDirectory) -> None:
     left, used = uppers.make(store.path, "a", DIGEST), uppers.make(store.path, "b", DIGEST)
     for upper in (left, used):
         Path(upper.upper, "file").write_bytes(bytes(100_000))

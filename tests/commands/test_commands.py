@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.index.imageindex import ImageIndex, encode_image
 from tests.cache.cachelayers import entry, make_layer
 from tests.indexing.localimages import big_layer, small_layer, write_image
@@ -98,7 +98,7 @@ def test_what_cannot_be_had_is_one_line_and_an_exit_code(run: Callable[..., Any]
 
 
 def test_cache_commands(run: Callable[..., Any], tmp_path: Path) -> None:
-    store = BlockCache(str(tmp_path / "store"))
+    store = CacheDirectory(str(tmp_path / "store"))
     made = make_layer([100_000])
     layer = store.create_layer(made.content_root, made.table)
     made.fill(layer)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory
 from lazyfs.core.index.imageindex import ARTIFACT_TYPE, IMAGE_MEDIA_TYPE
 from lazyfs.core.index.layerindex import LAYER_MEDIA_TYPE
@@ -40,11 +40,11 @@ OFFLINE = Access(platform="linux/amd64", offline=True)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlockCache:
-    return BlockCache(str(tmp_path / "store"))
+def store(tmp_path: Path) -> CacheDirectory:
+    return CacheDirectory(str(tmp_path / "store"))
 
 
-async def build(store: BlockCache, reference: str) -> BuiltIndex:
+async def build(store: CacheDirectory, reference: str) -> BuiltIndex:
     built, _ = await indexed(store, reference)
     return built
 
@@ -55,12 +55,12 @@ async def test_an_image_in_a_registry_with_an_attached_index_mounts_from_an_empt
     write_image(tmp_path / "image", [big_layer()])
     reference = f"{registry.host}/resolve/attached:latest"
     push(tmp_path / "image", "latest", reference)
-    maker = BlockCache(str(tmp_path / "maker"))
+    maker = CacheDirectory(str(tmp_path / "maker"))
     built = await build(maker, reference)
     async with resolved(maker, reference) as found:
         first = await attach_index(found.source, found, built)
         assert await attach_index(found.source, found, built) == first  # safe to repeat
-    user = BlockCache(str(tmp_path / "user"))
+    user = CacheDirectory(str(tmp_path / "user"))
     async with image_store(user) as images:
         image = await opened(images, reference)
         assert await read_files(image) == from_tar(big_layer())
@@ -81,7 +81,7 @@ async def test_an_image_in_a_registry_with_an_attached_index_mounts_from_an_empt
         assert not images.handles and not images.images
 
 
-async def test_offline_and_unknown(store: BlockCache, tmp_path: Path) -> None:
+async def test_offline_and_unknown(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [small_layer()])
     with pytest.raises(UserError, match="not in the cache"):
         await resolve(store, reference, OFFLINE)
@@ -91,7 +91,7 @@ async def test_offline_and_unknown(store: BlockCache, tmp_path: Path) -> None:
         assert again.manifest_digest == found.manifest_digest
 
 
-async def test_a_damaged_note_or_manifest_is_asked_for_again(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_damaged_note_or_manifest_is_asked_for_again(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [small_layer()])
     async with resolved(store, reference) as found:
         pass
@@ -118,7 +118,7 @@ async def attach(found: Resolved, image: bytes, *more: bytes, media_type: str = 
     await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
 
 
-async def test_bad_indexes_are_passed_over_for_a_good_one(store: BlockCache, tmp_path: Path) -> None:
+async def test_bad_indexes_are_passed_over_for_a_good_one(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [big_layer()])
     other = write_image(tmp_path / "other", [small_layer()])
     built, foreign = await build(store, reference), await build(store, other)
@@ -148,7 +148,7 @@ async def test_bad_indexes_are_passed_over_for_a_good_one(store: BlockCache, tmp
         assert await kept.read_bytes() == built.index
 
 
-async def test_an_index_can_be_written_to_a_layout_of_its_own(store: BlockCache, tmp_path: Path) -> None:
+async def test_an_index_can_be_written_to_a_layout_of_its_own(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [big_layer()])
     built = await build(store, reference)
     async with resolved(store, reference) as found:
@@ -163,7 +163,7 @@ async def test_an_index_can_be_written_to_a_layout_of_its_own(store: BlockCache,
 
 
 async def test_images_that_are_opened_twice_are_shared_and_closed_with_the_last_user(
-    store: BlockCache, tmp_path: Path
+    store: CacheDirectory, tmp_path: Path
 ) -> None:
     reference = write_image(tmp_path / "image", [big_layer(), small_layer()])
     second = write_image(tmp_path / "second", [big_layer()], "zstd")  # the same layer in another blob
@@ -196,7 +196,7 @@ async def test_images_that_are_opened_twice_are_shared_and_closed_with_the_last_
             one.layers[0].read_cached(0, 1)
 
 
-async def test_a_failed_open_leaves_nothing_open(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_failed_open_leaves_nothing_open(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [big_layer()])
     built = await build(store, reference)
     async with resolved(store, reference) as found:

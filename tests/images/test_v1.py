@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.v1 import IndexV1
@@ -27,11 +27,11 @@ from tests.indexing.test_indexer import read_files
 OFFLINE = Access(platform="linux/amd64", offline=True)
 
 
-def kept(cache: BlockCache, pattern: str) -> list[Path]:
+def kept(cache: CacheDirectory, pattern: str) -> list[Path]:
     return list(Path(cache.path).glob(pattern))
 
 
-async def found_in(cache: BlockCache, reference: str) -> Found:
+async def found_in(cache: CacheDirectory, reference: str) -> Found:
     async with resolved(cache, reference) as image:
         found = await find_index(cache, image)
     assert isinstance(found, Found)
@@ -40,7 +40,7 @@ async def found_in(cache: BlockCache, reference: str) -> Found:
 
 async def test_an_attached_index_mounts(tmp_path: Path) -> None:
     reference, _ = v1image.unpack(tmp_path)
-    cache = BlockCache(str(tmp_path / "new"))
+    cache = CacheDirectory(str(tmp_path / "new"))
     assert isinstance((await found_in(cache, reference)).index, IndexV1)
     for access in (Access(platform="linux/amd64"), OFFLINE):
         async with image_store(cache) as images:
@@ -55,7 +55,7 @@ async def test_an_existing_cache_is_used(tmp_path: Path) -> None:
     for path in (tmp_path / "image/blobs/sha256").iterdir():
         if path.stat().st_size < 2000 and b"lazyfs.index" in path.read_bytes():
             path.unlink()  # the artifact
-    cache = BlockCache(str(directory))
+    cache = CacheDirectory(str(directory))
     found = await found_in(cache, reference)
     assert isinstance(found.index, IndexV1) and not found.artifact_digest
     async with image_store(cache) as images:
@@ -67,19 +67,19 @@ async def test_an_existing_cache_is_used(tmp_path: Path) -> None:
 async def test_old_scans_are_made_anew(tmp_path: Path) -> None:
     """And what is made of it is what a host without them makes."""
     reference, directory = v1image.unpack(tmp_path)
-    cache = BlockCache(str(directory))
+    cache = CacheDirectory(str(directory))
     assert len(kept(cache, "scans/*/scan")) == v1image.LAYERS
     async with resolved(cache, reference) as image:
         built = await make_index(cache, image, parse_config(await load_config(cache, image)), fill=False)
     assert not kept(cache, "scans/*/scan")
     assert len(kept(cache, "scans/*/*/layer")) == v1image.LAYERS
-    assert built == (await indexed(BlockCache(str(tmp_path / "other")), reference))[0]
+    assert built == (await indexed(CacheDirectory(str(tmp_path / "other")), reference))[0]
     assert isinstance((await found_in(cache, reference)).index, ImageIndex)
 
 
 async def test_version_2_is_attached_beside_it_and_preferred(tmp_path: Path) -> None:
     reference, _ = v1image.unpack(tmp_path)
-    maker, user = (BlockCache(str(tmp_path / name)) for name in ("maker", "user"))
+    maker, user = (CacheDirectory(str(tmp_path / name)) for name in ("maker", "user"))
     built, _ = await indexed(maker, reference)
     async with resolved(maker, reference) as image:
         await push_index(maker, image, built)

@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 from backports import zstd
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.layerindex import LayerHead
 from lazyfs.core.oci.documents import parse_config
@@ -80,7 +80,7 @@ async def opened(store: ImageStore, reference: str, access: Access = OPTIONS) ->
 
 @asynccontextmanager
 async def resolved(
-    cache: BlockCache, reference: str, access: Access = OPTIONS
+    cache: CacheDirectory, reference: str, access: Access = OPTIONS
 ) -> AsyncIterator[Resolved]:
     found = await resolve(cache, reference, access)
     try:
@@ -90,7 +90,7 @@ async def resolved(
 
 
 @asynccontextmanager
-async def image_store(cache: BlockCache) -> AsyncIterator[ImageStore]:
+async def image_store(cache: CacheDirectory) -> AsyncIterator[ImageStore]:
     async with trio.open_nursery() as nursery:
         images = ImageStore(cache, nursery)
         try:
@@ -99,7 +99,7 @@ async def image_store(cache: BlockCache) -> AsyncIterator[ImageStore]:
             await images.aclose()
 
 
-async def indexed(cache: BlockCache, reference: str, *, fill: bool = False) -> tuple[BuiltIndex, ImageIndex]:
+async def indexed(cache: CacheDirectory, reference: str, *, fill: bool = False) -> tuple[BuiltIndex, ImageIndex]:
     async with resolved(cache, reference) as found:
         config = parse_config(await load_config(cache, found))
         built = await build_index(found, config, cache if fill else None)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.layer.blocks import BlockTable
@@ -46,8 +46,8 @@ COMPRESSIONS = [GZIP, ZSTD, ZSTD_FRAMES, PLAIN]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlockCache:
-    return BlockCache(str(tmp_path / "store"))
+def store(tmp_path: Path) -> CacheDirectory:
+    return CacheDirectory(str(tmp_path / "store"))
 
 
 def tree(reader: ErofsReader) -> dict[str, int]:
@@ -94,7 +94,7 @@ def from_tar(layer: bytes) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
-    store: BlockCache, tmp_path: Path, compression: str
+    store: CacheDirectory, tmp_path: Path, compression: str
 ) -> None:
     reference = write_image(tmp_path / "image", [big_layer(), small_layer(), empty_layer()], compression)
     built, index = await indexed(store, reference)
@@ -113,7 +113,7 @@ async def test_an_index_serves_every_file_and_a_fill_needs_no_fetch(
         assert image.source.counters.bytes_fetched > 0
         await images.close(image)
 
-    filled = BlockCache(str(tmp_path / "filled"))
+    filled = CacheDirectory(str(tmp_path / "filled"))
     built_again, _ = await indexed(filled, reference, fill=True)
     assert built_again == built  # deterministic, filling or not
     for number in range(3):
@@ -148,7 +148,7 @@ class Recut:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 async def test_the_index_does_not_depend_on_how_the_network_cuts_a_layer(
-    store: BlockCache, tmp_path: Path, compression: str
+    store: CacheDirectory, tmp_path: Path, compression: str
 ) -> None:
     reference = write_image(tmp_path / "image", [big_layer()], compression)
     built, index = await indexed(store, reference)
@@ -166,7 +166,7 @@ async def test_the_index_does_not_depend_on_how_the_network_cuts_a_layer(
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 async def test_block_tables_point_to_the_data_in_the_tar(
-    store: BlockCache, tmp_path: Path, compression: str
+    store: CacheDirectory, tmp_path: Path, compression: str
 ) -> None:
     layer = big_layer()
     built, _ = await indexed(store, write_image(tmp_path / "image", [layer], compression))
@@ -179,7 +179,7 @@ async def test_block_tables_point_to_the_data_in_the_tar(
 
 
 @pytest.mark.parametrize("form", ["--format=gnu", "--format=posix", "--format=posix --sparse-version=0.1"])
-async def test_sparse_files_keep_their_holes(store: BlockCache, tmp_path: Path, form: str) -> None:
+async def test_sparse_files_keep_their_holes(store: CacheDirectory, tmp_path: Path, form: str) -> None:
     reference = write_image(tmp_path / "image", [localimages.sparse_layer(tmp_path / "made", form)])
     built, index = await indexed(store, reference, fill=True)
     table = BlockTable(layer_heads(built)[0].table())
@@ -197,7 +197,7 @@ async def test_sparse_files_keep_their_holes(store: BlockCache, tmp_path: Path, 
     layer.close()
 
 
-async def test_a_layer_that_occurs_twice_is_read_once(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_layer_that_occurs_twice_is_read_once(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [small_layer(), empty_layer(), small_layer()])
     async with localimages.resolved(store, reference) as found:
         config = parse_config(await load_config(store, found))
@@ -209,7 +209,7 @@ async def test_a_layer_that_occurs_twice_is_read_once(store: BlockCache, tmp_pat
     assert len(ErofsReader(index.namespace()).devices) == 1
 
 
-async def test_an_image_of_nothing_but_empty_layers_or_none(store: BlockCache, tmp_path: Path) -> None:
+async def test_an_image_of_nothing_but_empty_layers_or_none(store: CacheDirectory, tmp_path: Path) -> None:
     directories = LayerTar().dir("only").dir("only/directories").data()
     for number, layers in enumerate(([], [empty_layer()], [directories])):
         built, index = await indexed(store, write_image(tmp_path / f"image{number}", layers), fill=True)
@@ -238,7 +238,7 @@ def spoil_config(path: Path, change: Any) -> str:
     ],
 )
 async def test_layers_that_are_not_those_of_the_config_are_refused(
-    store: BlockCache, tmp_path: Path, change: Any
+    store: CacheDirectory, tmp_path: Path, change: Any
 ) -> None:
     write_image(tmp_path / "image", [big_layer(), small_layer()])
     with pytest.raises(ImageError):
@@ -249,7 +249,7 @@ async def test_layers_that_are_not_those_of_the_config_are_refused(
 @pytest.mark.parametrize("fault", ["cut", "flip", "garbage", "not a tar", "missing", "empty"])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 async def test_a_broken_layer_is_a_clear_error_and_leaves_nothing(
-    store: BlockCache, tmp_path: Path, compression: str, fault: str
+    store: CacheDirectory, tmp_path: Path, compression: str, fault: str
 ) -> None:
     layout = Layout(tmp_path / "image")
     descriptor, diff_id = layout.add_layer(
@@ -276,7 +276,7 @@ async def test_a_broken_layer_is_a_clear_error_and_leaves_nothing(
     assert os.listdir(os.path.join(store.path, "tmp")) == []
 
 
-async def test_a_blob_that_lies_about_its_digest_is_refused(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_blob_that_lies_about_its_digest_is_refused(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [big_layer()], PLAIN)
     layout = Layout(tmp_path / "image")
     manifest = layout.document(layout.resolve("latest"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.evict import collect, entries
 from lazyfs.cache.images import has_index
 from lazyfs.core.oci.documents import parse_config
@@ -21,11 +21,11 @@ from tests.indexing.localimages import big_layer, empty_layer, small_layer, writ
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlockCache:
-    return BlockCache(str(tmp_path / "store"))
+def store(tmp_path: Path) -> CacheDirectory:
+    return CacheDirectory(str(tmp_path / "store"))
 
 
-async def build(store: BlockCache, reference: str, scans: BlockCache | None) -> tuple[BuiltIndex, list[int]]:
+async def build(store: CacheDirectory, reference: str, scans: CacheDirectory | None) -> tuple[BuiltIndex, list[int]]:
     """An index, and the numbers of the layers that were read for it, by the bytes that came."""
     async with localimages.resolved(store, reference) as found:
         config = parse_config(await load_config(store, found))
@@ -41,11 +41,11 @@ def _sum(sizes: list[int], chosen: int) -> int:
     return sum(size for i, size in enumerate(sizes) if chosen >> i & 1)
 
 
-def kept(store: BlockCache) -> list[Path]:
+def kept(store: CacheDirectory) -> list[Path]:
     return sorted(Path(store.path, "scans").glob("*/*/layer"))
 
 
-async def test_only_new_layers_are_read(store: BlockCache, tmp_path: Path) -> None:
+async def test_only_new_layers_are_read(store: CacheDirectory, tmp_path: Path) -> None:
     first = write_image(tmp_path / "first", [big_layer(), small_layer()])
     second = write_image(tmp_path / "second", [big_layer(), empty_layer(), small_layer()])
     _, read = await build(store, first, store)
@@ -58,7 +58,7 @@ async def test_only_new_layers_are_read(store: BlockCache, tmp_path: Path) -> No
 
 
 async def test_a_small_index_that_takes_long_is_left_to_the_command(
-    store: BlockCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: CacheDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of it is kept, and the next try may be in time."""
     async with localimages.resolved(store, write_image(tmp_path / "image", [small_layer()])) as found:
@@ -72,7 +72,7 @@ async def test_a_small_index_that_takes_long_is_left_to_the_command(
 
 
 @pytest.mark.parametrize("content", [b"", b"noise", None])
-async def test_a_damaged_scan_is_made_anew(store: BlockCache, tmp_path: Path, content: bytes | None) -> None:
+async def test_a_damaged_scan_is_made_anew(store: CacheDirectory, tmp_path: Path, content: bytes | None) -> None:
     reference = write_image(tmp_path / "image", [big_layer()])
     built, _ = await build(store, reference, store)
     (path,) = kept(store)
@@ -82,7 +82,7 @@ async def test_a_damaged_scan_is_made_anew(store: BlockCache, tmp_path: Path, co
     assert path.read_bytes() == whole
 
 
-async def test_a_scan_of_other_content_is_not_taken(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_scan_of_other_content_is_not_taken(store: CacheDirectory, tmp_path: Path) -> None:
     """As if another layer had been filed under this digest: the config's DiffID tells."""
     reference = write_image(tmp_path / "image", [big_layer()])
     built, _ = await build(store, reference, store)
@@ -94,7 +94,7 @@ async def test_a_scan_of_other_content_is_not_taken(store: BlockCache, tmp_path:
     assert await build(store, reference, store) == (built, [0])
 
 
-async def test_a_layer_of_another_size_is_read(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_layer_of_another_size_is_read(store: CacheDirectory, tmp_path: Path) -> None:
     """The manifest lies about the size: that has to be found out, not taken for known."""
     reference = write_image(tmp_path / "image", [big_layer()])
     await build(store, reference, store)
@@ -107,7 +107,7 @@ async def test_a_layer_of_another_size_is_read(store: BlockCache, tmp_path: Path
             await build_index(found, config, None, scans=store)
 
 
-async def test_a_scan_that_cannot_be_kept_is_an_error_of_this_host(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_scan_that_cannot_be_kept_is_an_error_of_this_host(store: CacheDirectory, tmp_path: Path) -> None:
     """Whoever mounts the image takes the windows from there."""
     os.rmdir(os.path.join(store.path, "scans"))
     os.symlink("nowhere", os.path.join(store.path, "scans"))
@@ -115,7 +115,7 @@ async def test_a_scan_that_cannot_be_kept_is_an_error_of_this_host(store: BlockC
         await build(store, write_image(tmp_path / "image", [small_layer()]), store)
 
 
-async def test_scans_are_listed_and_pruned(store: BlockCache, tmp_path: Path) -> None:
+async def test_scans_are_listed_and_pruned(store: CacheDirectory, tmp_path: Path) -> None:
     await build(store, write_image(tmp_path / "image", [big_layer()]), store)
     (scan,) = [entry for entry in entries(store) if entry.kind == "scan"]
     assert scan.size_bytes > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.evict import collect, entries, remove
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.imageindex import ImageIndex
@@ -41,8 +41,8 @@ OFFLINE = Access(platform="linux/amd64", offline=True)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlockCache:
-    return BlockCache(str(tmp_path / "store"))
+def store(tmp_path: Path) -> CacheDirectory:
+    return CacheDirectory(str(tmp_path / "store"))
 
 
 def base_layer(files: int = 1200) -> bytes:
@@ -53,11 +53,11 @@ def base_layer(files: int = 1200) -> bytes:
     return tar.data()
 
 
-def layer_files(cache: BlockCache, pattern: str) -> list[Path]:
+def layer_files(cache: CacheDirectory, pattern: str) -> list[Path]:
     return sorted(Path(cache.path, "scans").glob(pattern))
 
 
-async def made(cache: BlockCache, reference: str, *, attach: bool = False) -> BuiltIndex:
+async def made(cache: CacheDirectory, reference: str, *, attach: bool = False) -> BuiltIndex:
     async with resolved(cache, reference) as image:
         built = await make_index(cache, image, parse_config(await load_config(cache, image)), fill=False)
         if attach:
@@ -65,13 +65,13 @@ async def made(cache: BlockCache, reference: str, *, attach: bool = False) -> Bu
     return built
 
 
-async def found_in(cache: BlockCache, reference: str, access: Access | None = None) -> Found | Missing:
+async def found_in(cache: CacheDirectory, reference: str, access: Access | None = None) -> Found | Missing:
     async with resolved(cache, reference, *([access] if access else [])) as image:
         return await find_index(cache, image, offline=access is not None)
 
 
 async def test_of_a_second_image_only_what_is_new_is_pushed_and_fetched(
-    registry: RegistryServer, store: BlockCache, tmp_path: Path
+    registry: RegistryServer, store: CacheDirectory, tmp_path: Path
 ) -> None:
     layout = Layout(tmp_path / "layout")
     base = [layout.add_layer(base_layer()), layout.add_layer(big_layer())]
@@ -88,7 +88,7 @@ async def test_of_a_second_image_only_what_is_new_is_pushed_and_fetched(
         assert len(proxy.matching("POST", "/blobs/uploads/")) == 2  # the image's index, and that of its new layer
         assert len(proxy.matching("GET", "/blobs/")) == 2  # the config, and the new layer
 
-        user = BlockCache(str(tmp_path / "user"))
+        user = CacheDirectory(str(tmp_path / "user"))
         async with image_store(user) as images:
             first = await opened(images, references[0])
             proxy.clear()
@@ -103,7 +103,7 @@ async def test_of_a_second_image_only_what_is_new_is_pushed_and_fetched(
 
 
 async def test_a_mount_reads_no_entries_and_only_those_windows_that_it_needs(
-    registry: RegistryServer, store: BlockCache, tmp_path: Path
+    registry: RegistryServer, store: CacheDirectory, tmp_path: Path
 ) -> None:
     layout = Layout(tmp_path / "layout")
     layers = [base_layer(), *(LayerTar().file(f"f{n}", noise(500, n)).data() for n in range(9))]
@@ -113,7 +113,7 @@ async def test_a_mount_reads_no_entries_and_only_those_windows_that_it_needs(
         reference = f"{proxy.host}/shared/ten:v"
         built = await made(store, reference, attach=True)
         index = ImageIndex(built.index)
-        user = BlockCache(str(tmp_path / "user"))
+        user = CacheDirectory(str(tmp_path / "user"))
         proxy.clear()
         async with image_store(user) as images:
             image = await opened(images, reference)
@@ -128,11 +128,11 @@ async def test_a_mount_reads_no_entries_and_only_those_windows_that_it_needs(
 
 
 async def test_a_warm_open_decodes_no_table_and_reads_the_namespace_once(
-    store: BlockCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: CacheDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = write_image(tmp_path / "image", [base_layer(), big_layer(), small_layer()])
     await made(store, reference, attach=True)
-    for cache in (store, BlockCache(str(tmp_path / "user"))):
+    for cache in (store, CacheDirectory(str(tmp_path / "user"))):
         async with image_store(cache) as images:
             await images.close(await opened(images, reference))
         read: list[int] = []
@@ -154,7 +154,7 @@ async def test_a_warm_open_decodes_no_table_and_reads_the_namespace_once(
             await images.close(image)
 
 
-async def test_every_way_to_an_index_makes_the_same_bytes(store: BlockCache, tmp_path: Path) -> None:
+async def test_every_way_to_an_index_makes_the_same_bytes(store: CacheDirectory, tmp_path: Path) -> None:
     """Read anew, from kept scans, grown from a kept tree of the same, of lower, or of other layers."""
     rng = random.Random(5)
     pool = [big_layer(), small_layer(), base_layer(30)]
@@ -164,13 +164,13 @@ async def test_every_way_to_an_index_makes_the_same_bytes(store: BlockCache, tmp
     for number in range(12):
         layers = [pool[2], *rng.choices(pool, k=rng.randrange(4))]
         reference = write_image(tmp_path / f"image{number}", layers)
-        expected, _ = await indexed(BlockCache(str(tmp_path / f"fresh{number}")), reference)
+        expected, _ = await indexed(CacheDirectory(str(tmp_path / f"fresh{number}")), reference)
         for _ in range(2):
             assert await made(store, reference) == expected
 
 
 async def test_a_tree_is_grown_by_the_new_layer_alone(
-    store: BlockCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: CacheDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replaced last layer, again and again: from the second time on nothing below is flattened."""
     grown: list[tuple[int, int]] = []
@@ -189,7 +189,9 @@ async def test_a_tree_is_grown_by_the_new_layer_alone(
     assert grown[4:] == [(3, 1)]
 
 
-async def test_a_kept_tree_that_is_damaged_or_of_other_layers_is_not_used(store: BlockCache, tmp_path: Path) -> None:
+async def test_a_kept_tree_that_is_damaged_or_of_other_layers_is_not_used(
+    store: CacheDirectory, tmp_path: Path
+) -> None:
     layers = [base_layer(30), small_layer(), LayerTar().file("app", b"1").data()]
     reference = write_image(tmp_path / "image", layers)
     expected = await made(store, reference)
@@ -202,11 +204,11 @@ async def test_a_kept_tree_that_is_damaged_or_of_other_layers_is_not_used(store:
         assert await made(store, reference) == expected
 
 
-async def test_what_was_fetched_makes_no_index(store: BlockCache, tmp_path: Path) -> None:
+async def test_what_was_fetched_makes_no_index(store: CacheDirectory, tmp_path: Path) -> None:
     """Who may attach an index to one image has no say about others that share its layers."""
     reference = write_image(tmp_path / "image", [base_layer()])
     built = await made(store, reference, attach=True)
-    user = BlockCache(str(tmp_path / "user"))
+    user = CacheDirectory(str(tmp_path / "user"))
     assert isinstance(await found_in(user, reference), Found)
     assert layer_files(user, "*/*/head") and not layer_files(user, "*/*/layer")
     async with resolved(user, reference) as image:
@@ -223,7 +225,7 @@ async def test_what_was_fetched_makes_no_index(store: BlockCache, tmp_path: Path
         assert image.source.counters.bytes_fetched < len(built.index) + 4000  # and the artifact's manifest
 
 
-async def test_evicted_parts_are_fetched_or_made_again(store: BlockCache, tmp_path: Path) -> None:
+async def test_evicted_parts_are_fetched_or_made_again(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [big_layer()])
     await made(store, reference)
     for entry in entries(store):
@@ -245,7 +247,7 @@ async def test_evicted_parts_are_fetched_or_made_again(store: BlockCache, tmp_pa
         await images.close(await opened(images, reference, OFFLINE))
 
 
-async def test_tables_that_are_not_those_of_the_index_are_refused(store: BlockCache, tmp_path: Path) -> None:
+async def test_tables_that_are_not_those_of_the_index_are_refused(store: CacheDirectory, tmp_path: Path) -> None:
     reference = write_image(tmp_path / "image", [base_layer()])
     built = await made(store, reference, attach=True)
     (digest,) = built.layers
@@ -255,11 +257,11 @@ async def test_tables_that_are_not_those_of_the_index_are_refused(store: BlockCa
         blob.unlink(missing_ok=True)
         if content is not None:
             blob.write_bytes(content)
-        missing = await found_in(BlockCache(str(tmp_path / f"user{number}")), reference)
+        missing = await found_in(CacheDirectory(str(tmp_path / f"user{number}")), reference)
         assert isinstance(missing, Missing) and len(missing.reasons) == 1
     # Rot in what was fetched is noticed as well, and fetched again.
     blob.write_bytes(sound)
-    user = BlockCache(str(tmp_path / "user"))
+    user = CacheDirectory(str(tmp_path / "user"))
     assert isinstance(await found_in(user, reference), Found)
     (head,) = layer_files(user, "*/*/head")
     whole = head.read_bytes()

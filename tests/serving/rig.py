@@ -15,7 +15,7 @@ import trio
 import trio.lowlevel
 from backports import zstd
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import WindowGroups
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.layer.spans import Compression, Point, SpanTable, encode_points
@@ -194,7 +194,7 @@ async def rig(
     """A handle on the layer in an empty cache, its source answering with `faults` first. `spans`: the source's, if not
     those it was stored with."""
     with tempfile.TemporaryDirectory(prefix="fetch-") as directory:
-        layer = BlockCache(directory).create_layer(LAYER.content_root, LAYER.table)
+        layer = CacheDirectory(directory).create_layer(LAYER.content_root, LAYER.table)
         async with trio.open_nursery() as nursery:
             it = Rig(LayerHandle(layer, LayerFetcher(layer)), nursery)
             it.add(FakeSource(stored(kind), list(faults)), spans=spans, timeout_s=timeout_s)

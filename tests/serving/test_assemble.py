@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.layer.spans import Span
 from lazyfs.serving.assemble import Fragments
 from tests.serving.rig import LAYER
 
 
 def test_fragments_know_what_they_lack(tmp_path: Path) -> None:
-    layer = BlockCache(str(tmp_path)).create_layer(LAYER.content_root, LAYER.table)
+    layer = CacheDirectory(str(tmp_path)).create_layer(LAYER.content_root, LAYER.table)
     table = layer.table
     block = 0
     start, length = table.tar_offsets[block], table.lengths[block]

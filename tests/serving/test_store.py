@@ -6,7 +6,7 @@ from pathlib import Path
 
 import trio
 
-from lazyfs.cache.directory import BlockCache
+from lazyfs.cache.directory import CacheDirectory
 from lazyfs.serving.image import Image
 from lazyfs.serving.store import ImageStore
 from lazyfs.sources.access import Access
@@ -27,7 +27,7 @@ def two_images(directory: Path) -> list[str]:
 async def test_a_shared_layer_keeps_the_shortest_timeout_of_the_images_that_are_open(tmp_path: Path) -> None:
     references = two_images(tmp_path / "layout")
     async with trio.open_nursery() as nursery:
-        store = ImageStore(BlockCache(str(tmp_path / "cache")), nursery)
+        store = ImageStore(CacheDirectory(str(tmp_path / "cache")), nursery)
         opened: list[Image] = []
         for reference, timeout_s in zip([*references, references[0]], (60.0, 5.0, 600.0), strict=True):
             image = await store.open(reference, Access(), timeout_s)
@@ -56,7 +56,7 @@ async def test_a_shared_layer_keeps_the_shortest_timeout_of_the_images_that_are_
 async def test_a_shared_layer_is_served_until_the_last_of_its_images_is_closed(tmp_path: Path) -> None:
     references = two_images(tmp_path / "layout")
     async with trio.open_nursery() as nursery:
-        store = ImageStore(BlockCache(str(tmp_path / "cache")), nursery)
+        store = ImageStore(CacheDirectory(str(tmp_path / "cache")), nursery)
         one, other = [await store.open(reference, Access(), 30.0) for reference in references]
         assert isinstance(one, Image) and isinstance(other, Image)
         [shared] = set(one.layers) & set(other.layers)
