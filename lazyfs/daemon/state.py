@@ -76,7 +76,7 @@ def save(link: Keeping, state: State) -> None:
     """Gives the keeper the new state."""
     fd = os.memfd_create("lazyfs-state", os.MFD_CLOEXEC)
     with open(fd, "w", closefd=False) as file:
-        json.dump(_to_json(state), file)
+        file.write(json.dumps(_to_json(state)))  # not json.dump, which encodes in Python
     link.hold(_HELD_AS, fd)
 
 

@@ -188,3 +188,13 @@ def _facts(place: bytes, node: Node, data: list[int]) -> Iterator[tuple[str, obj
         if node.size < HUGE_BYTES:
             content = os.pread(data[node.layer], node.size, node.address) if node.size else b""
             yield "content", Path(os.fsdecode(place)).read_bytes(), content
+
+
+def small_image(tmp_path: Path, files: int = 3) -> Path:
+    """near: in layer 0, always there; far-0, far-1, ...: in layer 1, which can be disturbed."""
+    builder = TreeBuilder(tmp_path / "image")
+    assert builder.root.children is not None
+    builder.root.children[b"near"] = builder.file(b"near" * 5000)
+    for number in range(files):
+        builder.root.children[b"far-%d" % number] = builder.file(b"%06d" % number * 2000, layer=1)
+    return builder.finish()
