@@ -95,8 +95,8 @@ def test_a_successor_without_its_index_gets_it_again(
     """Somebody emptied the cache, the registry is down: reads fail, until it is back."""
     target = mount(world.image(proxy.host), "backend=kernel", "timeout=2")
     assert_right(world, target, "l0/large")
-    for directory in (cache / "indexes").iterdir():
-        (directory / "index").unlink()
+    for index in list((cache / "indexes").glob("*/image-*")):
+        index.unlink()
     upstream, proxy.upstream = proxy.upstream, "127.0.0.1:9"
     proxy.break_connections()
     kill(the_worker(cache))
