@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import select
 import shutil
 import sys
 import tempfile
@@ -164,15 +165,26 @@ def _empty_cache(cache: CacheDirectory, manifest_digest: str) -> Iterator[CacheD
 
 
 def _end_daemon(cache_path: str) -> None:
-    """The container has gone: what is left of its daemon goes, too."""
+    """The container has gone: what is left of its processes goes, too. They work in the cache until they have ended."""
     runtime = rundir.runtime_directory(cache_path)
     socket_path = rundir.control_socket(runtime)
+    process_fds = [*filter(None, map(_process_at, (socket_path, *rundir.fuse_sockets(runtime))))]
     with contextlib.suppress(LazyfsError):
         client.ask_once(socket_path, {"op": "stop"}, _DAEMON_END_S)
     deadline_s = time.monotonic() + _DAEMON_END_S
-    while any(map(os.path.exists, (socket_path, *rundir.fuse_sockets(runtime)))) and time.monotonic() < deadline_s:
-        time.sleep(0.02)
+    for process_fd in process_fds:
+        select.select([process_fd], [], [], max(0.0, deadline_s - time.monotonic()))
+        os.close(process_fd)
     shutil.rmtree(runtime, ignore_errors=True)
+
+
+def _process_at(socket_path: str) -> int | None:
+    """A descriptor of the process that listens there, readable when it has ended; None if there is none."""
+    try:
+        with client.Connection.open(socket_path) as connection:
+            return os.pidfd_open(connection.peer_pid())
+    except (LazyfsError, OSError):
+        return None
 
 
 @contextlib.contextmanager
