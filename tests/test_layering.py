@@ -35,6 +35,7 @@ ONLY = {
     "pyfuse3": "fuse",
     "rich": "commands",
     "matplotlib": "commands",
+    "argparse": "commands",
 }
 
 # Names in the cache directory, parts of paths in cache/ only: others ask it where something is.

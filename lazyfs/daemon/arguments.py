@@ -1,4 +1,4 @@
-"""The command line of keeper and worker."""
+"""The command line of keeper, worker and fuse process."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from lazyfs.errors import UserError
 
 
 def parse_arguments(arguments: list[str]) -> dict[str, str]:
-    """{"cache": ..., "runtime": ..., ...}. By hand: argparse costs more memory than all the rest of the keeper. Raises
-    UserError."""
+    """{"cache": ..., "runtime": ..., ...}. By hand: argparse costs more memory than all the rest of the keeper. What
+    follows "--" is for ps(1). Raises UserError."""
     options: dict[str, str] = {}
     words = iter(arguments)
     for word in words:
+        if word == "--":
+            break
         name, separator, value = word.removeprefix("--").partition("=")
         if name == "foreground" and not separator:
             options[name] = "yes"
-        elif word.startswith("--") and name in ("cache", "runtime", "linger", "worker"):
+        elif word.startswith("--") and name in ("cache", "runtime", "linger", "worker", "status-fd"):
             options[name] = value if separator else next(words, "")
         else:
             raise UserError(f"unknown argument {word}", "see python -m pydoc lazyfs.daemon.keeper")

@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 # isort: split
 
-import argparse
 import contextlib
 import logging
 import os
@@ -39,6 +38,7 @@ from lazyfs.control.requests import FuseMount, Mount, op_of, parse_request
 from lazyfs.control.server import ControlStream, Service, converse
 from lazyfs.control.server import serve as serve_clients
 from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.daemon.arguments import parse_arguments
 from lazyfs.daemon.attachments import Attachments, FuseRequests
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.fuse import tuning
@@ -288,14 +288,8 @@ def _wake(*_: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir("/")
-    parser = argparse.ArgumentParser(prog="lazyfs.daemon.fuseworker", description="Serve one image through FUSE.")
-    parser.add_argument("--cache", required=True)
-    parser.add_argument("--runtime", required=True)
-    parser.add_argument("--status-fd", type=int, required=True)
-    parser.add_argument("image")
-    parser.add_argument("target")
-    parsed = parser.parse_args(arguments)
-    return run(parsed.cache, parsed.runtime, parsed.status_fd)
+    options = parse_arguments(list(sys.argv[1:] if arguments is None else arguments))
+    return run(options["cache"], options["runtime"], int(options["status-fd"]))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from lazyfs.serving.image import Image
 from lazyfs.serving.store import ImageStore
 from lazyfs.sources.access import Access
 from lazyfs.system.detached import clone_mount, erofs_mount_detached
+from lazyfs.system.devices import dev_of
 
 log = logging.getLogger("lazyfs.daemon")
 
@@ -214,7 +215,7 @@ class Roots:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLOSE_S):
                 await self._store.close(image)
             raise
-        root = Root(image, access, timeout_s, _dev_of(mount_fd), direct)
+        root = Root(image, access, timeout_s, dev_of(mount_fd), direct)
         # Nothing leads from a mount to its entry in /sys/class/bdi: those are numbered by themselves, not by st_dev. If
         # another one appeared meanwhile, read-ahead stays small.
         new = tuning.erofs_devices() - before
@@ -276,7 +277,7 @@ class Roots:
             if isinstance(image, Missing):
                 raise ImageError("its index is gone")
             self._devices.add(image)
-            dev = _dev_of(self._link.held[_kept_as(old.manifest_digest)])
+            dev = dev_of(self._link.held[_kept_as(old.manifest_digest)])
         except (LazyfsError, KeyError, trio.TooSlowError) as error:
             log.error("cannot take up %s again; its next read tries to: %r", old.image, error)
             self._devices.remember(old.released())
@@ -286,8 +287,3 @@ class Roots:
                 self._uppers.hold(target.ephemeral_upper)
         root = Root(image, old.access, old.timeout_s, dev, old.direct, list(old.targets), set(old.holds))
         self._roots[image.manifest_digest] = root
-
-
-def _dev_of(fd: int) -> tuple[int, int]:
-    device = os.fstat(fd).st_dev
-    return os.major(device), os.minor(device)
