@@ -104,6 +104,9 @@ class WindowGroups:
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
+    def forget(self) -> None:
+        """Nothing: each group is checked when it is used."""
+
     def group(self, offset: int, length: int) -> bytes | None:
         """A group, as stored, if it is here."""
         try:

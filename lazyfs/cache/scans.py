@@ -68,6 +68,12 @@ class KeptLayerIndex:
         """Files a head that was verified. It only saves time, so a disk that is full is no error."""
         write_small(self._directory, "head", head)
 
+    def forget(self) -> None:
+        """Removes what is here, groups aside: it has turned out to be of no use."""
+        for name in ("head", "layer"):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self._directory, name))
+
     def group(self, offset: int, length: int) -> bytes | None:
         """A group of windows, as stored."""
         return self._read("layer", offset, length) or self._read(str(offset), 0, length)

@@ -73,4 +73,5 @@ def opened_head(part: LayerPart, blob: bytes, *, check: bool = True) -> LayerHea
     head = LayerHead(blob)
     if head.record != part.record or head.head_bytes != part.head_bytes or head.whole_bytes != part.index_bytes:
         raise ImageError("the tables of a layer are of another layer than the index says")
+    head.spans()  # damaged ones shall come from elsewhere; in what `check` left out they are all that is read
     return head

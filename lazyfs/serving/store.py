@@ -135,6 +135,8 @@ class ImageStore:
                 image = await trio.to_thread.run_sync(self._assemble, resolved, documents, timeout_s)
             except ImageError:  # the next mount shall look for another index than this
                 forget_indexes(self.cache, resolved.manifest_digest)
+                for layer in documents.found.layers.values():
+                    layer.kept.forget()
                 raise
             self.images[resolved.manifest_digest] = image
             return image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,9 @@ def tar_entries(draw: st.DrawFn) -> TarEntry:
 
 def read_all(blob: bytes) -> LayerScan:
     head = LayerHead(blob)
-    head.check_whole()
     groups = [blob[at : at + length] for at, length in head.windows]
+    if hashlib.sha256(b"".join(groups)).hexdigest() != head.windows_sha256:
+        raise ImageError("other windows")
     return LayerScan(head.record, head.entries(), head.table(), head.spans(), groups)
 
 
@@ -61,8 +63,6 @@ def test_the_head_alone_has_what_a_mount_needs() -> None:
     for end in (whole.head_bytes, whole.head_bytes + 1, len(LAYER) - 1):
         head = LayerHead(LAYER[:end])
         assert (head.table(), head.spans(), head.windows) == (SCAN.table, SCAN.span_records, whole.windows)
-        with pytest.raises(ImageError):
-            head.check_whole()
         with pytest.raises(ImageError):
             head.entries()
     for length in (whole.head_bytes - 1, 0, 15, 16, 40):
@@ -94,7 +94,7 @@ def test_a_flipped_byte_changes_nothing_or_is_noticed(at: int, mask: int) -> Non
     if head.head_bytes <= at:
         assert LayerHead(bytes(damaged)).table() == SCAN.table
         with pytest.raises(ImageError):
-            LayerHead(bytes(damaged)).check_whole()
+            read_all(bytes(damaged))
 
 
 @given(st.binary(max_size=200), st.booleans())

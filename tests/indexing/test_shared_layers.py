@@ -14,6 +14,7 @@ from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.core.tar.tree import LayerEntry, Node, extend
+from lazyfs.errors import ImageError
 from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.indexing import assemble
 from lazyfs.indexing.assemble import BuiltIndex
@@ -53,8 +54,12 @@ def base_layer(files: int = 1200) -> bytes:
     return tar.data()
 
 
+def cached(cache: CacheDirectory, pattern: str) -> list[Path]:
+    return sorted(Path(cache.path).glob(pattern))
+
+
 def layer_files(cache: CacheDirectory, pattern: str) -> list[Path]:
-    return sorted(Path(cache.path, "scans").glob(pattern))
+    return cached(cache, f"scans/{pattern}")
 
 
 async def made(cache: CacheDirectory, reference: str, *, attach: bool = False) -> BuiltIndex:
@@ -152,6 +157,31 @@ async def test_a_warm_open_decodes_no_table_and_reads_the_namespace_once(
                 image = await opened(images, reference, OFFLINE)
             assert len(read) == 1
             await images.close(image)
+
+
+async def test_rot_in_kept_tables_is_repaired(store: CacheDirectory, tmp_path: Path) -> None:
+    """Also where the layer itself is in the cache, so that its table is not read from the index."""
+    reference = write_image(tmp_path / "image", [base_layer()])
+    await made(store, reference, attach=True)
+    user = CacheDirectory(str(tmp_path / "user"))
+    async with image_store(user) as images:
+        await images.close(await opened(images, reference))
+    (head,) = layer_files(user, "*/*/head")
+    (table,) = cached(user, "layers/*/table")
+    whole, whole_table = head.read_bytes(), table.read_bytes()
+    head.write_bytes(whole[:-5] + bytes(5))  # in the spans
+    async with image_store(user) as images:
+        await images.close(await opened(images, reference))
+    assert head.read_bytes() == whole
+    head.write_bytes(whole[:-500] + bytes(100) + whole[-400:])  # in the table, which nobody reads ...
+    async with image_store(user) as images:
+        await images.close(await opened(images, reference))
+    table.write_bytes(bytes(len(whole_table)))  # ... until that of the layer is damaged, too
+    async with image_store(user) as images:
+        with pytest.raises(ImageError):
+            await opened(images, reference)
+        await images.close(await opened(images, reference))
+    assert (head.read_bytes(), table.read_bytes()) == (whole, whole_table)
 
 
 async def test_every_way_to_an_index_makes_the_same_bytes(store: CacheDirectory, tmp_path: Path) -> None:

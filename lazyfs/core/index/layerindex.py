@@ -89,7 +89,7 @@ class LayerHead:
             self._spans = section_lengths(header["spans"])
             groups = [number(length, MAX_GROUP_BYTES) for length in header["windows"]]
             self._entries = section_lengths(header["entries"])
-            self._windows_sha256 = sha256_hex(header["windows_sha256"])
+            self.windows_sha256 = sha256_hex(header["windows_sha256"])
             self._entries_sha256 = sha256_hex(header["entries_sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise ImageError(f"the header of {_WHAT} is damaged ({type(error).__name__})") from None
@@ -117,19 +117,10 @@ class LayerHead:
 
     def entries(self) -> list[LayerEntry]:
         """The entries of the tar; needs the whole blob."""
+        stored = self._blob[self._entries_at : self.whole_bytes]
+        if hashlib.sha256(stored).hexdigest() != self._entries_sha256:
+            raise ImageError(f"the entries in {_WHAT} do not have the digest it gives")
         return decode_entries(self._section(self._entries_at, self._entries), self.record.device_bytes)
-
-    def check_whole(self) -> None:
-        """ImageError unless this is the whole blob, and all of it has the digests that the header gives."""
-        if len(self._blob) != self.whole_bytes:
-            raise ImageError(f"{_WHAT} is cut short")
-        parts = (
-            (self._blob[self.head_bytes : self._entries_at], self._windows_sha256),
-            (self._blob[self._entries_at :], self._entries_sha256),
-        )
-        if any(hashlib.sha256(part).hexdigest() != digest for part, digest in parts):
-            raise ImageError(f"{_WHAT} does not have the digests its header gives")
-        self.table()
 
     def _section(self, at: int, lengths: Sequence[int]) -> bytes:
         stored, plain = lengths
