@@ -111,9 +111,24 @@ def _make_a_file(entry: Path) -> None:
     entry.write_bytes(b"?")
 
 
-def _spoil_groups(entry: Path) -> None:
-    for name in os.listdir(entry / "groups"):
-        _spoil(f"groups/{name}")(entry)
+def _parts(image: Path) -> list[Path]:
+    """What is kept of the indexes of layers."""
+    return [path for path in (image.parent.parent / "scans").glob("*/*/*") if path.is_file()]
+
+
+def _spoil_parts(image: Path) -> None:
+    for path in _parts(image):
+        _flip(path, random.Random(SEED), 40)
+
+
+def _cut_parts(image: Path) -> None:
+    for number, path in enumerate(_parts(image)):
+        os.truncate(path, os.path.getsize(path) * (number % 3) // 3)
+
+
+def _remove_parts(image: Path) -> None:
+    shutil.rmtree(image.parent.parent / "scans")
+    (image.parent.parent / "scans").mkdir()
 
 
 LAYER_DAMAGE: tuple[Callable[[Path], None], ...] = (
@@ -132,11 +147,11 @@ LAYER_DAMAGE: tuple[Callable[[Path], None], ...] = (
 )
 IMAGE_DAMAGE: dict[str, tuple[Callable[[Path], None], ...]] = {
     "removed": (shutil.rmtree,),
-    "namespace and windows spoiled": (_spoil("namespace.erofs"), _spoil("windows")),
+    "namespace and parts of layers' indexes spoiled": (_spoil("namespace.erofs"), _spoil_parts),
     "namespace cut, config empty": (_cut("namespace.erofs", 0.5), _cut("config", 0)),
-    "index and groups spoiled": (_spoil("index"), _spoil_groups),
-    "index cut, manifest spoiled": (_cut("index", 0.9), _spoil("manifest")),
-    "no windows, no lock": (_remove_file("windows"), _remove_file("lock")),
+    "index spoiled, parts cut": (_spoil("image-attached"), _cut_parts),
+    "index cut, manifest spoiled": (_cut("image-attached", 0.9), _spoil("manifest")),
+    "no parts, no lock": (_remove_parts, _remove_file("lock")),
 }
 
 
