@@ -141,8 +141,9 @@ def compare(directory: Path, tars: list[bytes]) -> bool:
     return True
 
 
-def test_every_rule(tmp_path: Path) -> None:
-    base = (
+def every_kind() -> LayerTar:
+    """The lowest layer: every kind of file and of metadata, and what the next ones replace or hide."""
+    return (
         LayerTar()
         .dir(".", mode=0o750, uid=3, gid=4)
         .dir("etc", mode=0o700, xattrs={"user.dir": b"lower"})
@@ -172,7 +173,11 @@ def test_every_rule(tmp_path: Path) -> None:
         .file("empty")
         .file("epoch", b"e", mtime_ns=1)
     )
-    second = (
+
+
+def every_change() -> LayerTar:
+    """What a layer can do to lower ones: paths through symbolic links, replacements, whiteouts, hard links."""
+    return (
         LayerTar()
         .dir("etc", mode=0o711, uid=9, xattrs={"user.new": b"upper"})
         .file("lib/c", b"through a symlink")
@@ -193,7 +198,11 @@ def test_every_rule(tmp_path: Path) -> None:
         .file("twice", b"1")
         .file("twice", b"22", mode=0o600)
     )
-    third = (
+
+
+def changes_of_changes() -> LayerTar:
+    """What the second layer wrote is changed again."""
+    return (
         LayerTar()
         .dir("back", mode=0o1777)
         .symlink("etc", "usr")
@@ -203,7 +212,11 @@ def test_every_rule(tmp_path: Path) -> None:
         .file(".wh.again")
         .file(".wh.dev")
     )
-    assert compare(tmp_path / "image", [layer.data() for layer in (base, second, third)])
+
+
+def test_every_rule(tmp_path: Path) -> None:
+    layers = (every_kind(), every_change(), changes_of_changes())
+    assert compare(tmp_path / "image", [layer.data() for layer in layers])
 
 
 @pytest.mark.parametrize(
