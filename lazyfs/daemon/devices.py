@@ -17,7 +17,7 @@ from lazyfs.errors import ImageError, RemoteError, Unsupported
 from lazyfs.fuse.device import Device
 from lazyfs.fuse.devices import node_of
 from lazyfs.images.documents import Missing
-from lazyfs.serving.device import LayerHandle
+from lazyfs.serving.device import DataDevice
 from lazyfs.serving.image import Image
 from lazyfs.serving.store import ImageStore
 
@@ -49,9 +49,9 @@ class DeviceTable:
 
     def add(self, image: Image) -> None:
         """The devices of an image that was opened. Raises Unsupported."""
-        for handle in image.layers:
-            known = self._open.setdefault(node_of(handle.content_root), OpenDevice(self, handle))
-            if known.content_root != handle.content_root:
+        for layer in image.layers:
+            known = self._open.setdefault(node_of(layer.content_root), OpenDevice(self, layer))
+            if known.content_root != layer.content_root:
                 raise Unsupported("two layers have the same node id", "mount the image with backend=fuse")
 
     def release(self, layers: Iterable[ReleasedLayer], used: Collection[str]) -> None:
@@ -67,7 +67,7 @@ class DeviceTable:
         for layer in layers:
             self._released.setdefault(node_of(layer.content_root), layer)
 
-    async def revive(self, content_root: str) -> LayerHandle:
+    async def revive(self, content_root: str) -> DataDevice:
         """Opens the image of a device that was let go. It then stays open as long as the daemon lives."""
         node = node_of(content_root)
         if node not in self._open:
@@ -81,7 +81,7 @@ class DeviceTable:
                 await self._store.close(image)  # another read was faster
             else:
                 self.add(image)
-        return self._open[node].handle
+        return self._open[node].data
 
 
 class ReleasedDevice:
@@ -99,8 +99,8 @@ class ReleasedDevice:
     async def read(self, address: int, size: int) -> bytes:
         try:
             with trio.fail_after(answer_s(self._timeout_s)):
-                handle = await self._table.revive(self.content_root)
-                return await handle.read(address, size)
+                device = await self._table.revive(self.content_root)
+                return await device.read(address, size)
         except trio.TooSlowError:
             raise RemoteError(f"the image did not open within {answer_s(self._timeout_s):g} s") from None
 
@@ -108,23 +108,23 @@ class ReleasedDevice:
 class OpenDevice:
     """A device whose image is open. Should that be let go during a read, the read opens it again."""
 
-    def __init__(self, table: DeviceTable, handle: LayerHandle) -> None:
+    def __init__(self, table: DeviceTable, data: DataDevice) -> None:
         self._table = table
-        self.handle = handle
-        self.content_root = handle.content_root
-        self.size_bytes = handle.size_bytes
+        self.data = data
+        self.content_root = data.content_root
+        self.size_bytes = data.size_bytes
 
     def read_cached(self, address: int, size: int) -> bytes | memoryview | None:
         try:
-            return self.handle.read_cached(address, size)
+            return self.data.read_cached(address, size)
         except LayerClosed:
             return None
 
     async def read(self, address: int, size: int) -> bytes:
         try:
-            return await self.handle.read(address, size)
+            return await self.data.read(address, size)
         except LayerClosed:
             device = self._table.by_node(node_of(self.content_root))
-            if device is None or (isinstance(device, OpenDevice) and device.handle is self.handle):
+            if device is None or (isinstance(device, OpenDevice) and device.data is self.data):
                 raise
             return await device.read(address, size)

@@ -65,7 +65,7 @@ class Root:
     def widen_read_ahead(self) -> None:
         """While something has to be fetched, the kernel reads ahead little, for every byte of it costs a transfer. An
         image that is here as a whole is read like a local one."""
-        if self.backing_device and all(handle.layer.is_complete() for handle in self.image.layers):
+        if self.backing_device and all(device.layer.is_complete() for device in self.image.layers):
             tuning.set_erofs_read_ahead(self.backing_device, _READ_AHEAD_KIB)
             self.backing_device = None
 
@@ -78,7 +78,7 @@ class Root:
             list(self.targets),
             sorted(self.holds),
             self.direct,
-            [(handle.content_root, handle.size_bytes) for handle in self.image.layers],
+            [(device.content_root, device.size_bytes) for device in self.image.layers],
         )
 
 
@@ -252,7 +252,7 @@ class Roots:
 
     def _release_devices(self, root: Root) -> None:
         others = [one for one in self._roots.values() if one is not root]
-        used = {handle.content_root for other in others for handle in other.image.layers}
+        used = {device.content_root for other in others for device in other.image.layers}
         self._devices.release(root.saved().released(), used)
 
     # -- after a predecessor -------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class Watch:
         sealed: set[CachedLayer] = set()
         while True:
             await trio.sleep(_TICK_S)
-            layers = {handle.layer for root in self._roots for handle in root.image.layers}
+            layers = {device.layer for root in self._roots for device in root.image.layers}
             sealed &= layers
             for layer in layers - sealed:
                 try:

@@ -11,7 +11,7 @@ from lazyfs.errors import HostError, RemoteError
 from lazyfs.serving.fetcher import LayerFetcher
 
 
-class LayerHandle:
+class DataDevice:
     """One layer of the open images that have it: its data device, readable at any address."""
 
     def __init__(self, layer: CachedLayer, fetcher: LayerFetcher) -> None:

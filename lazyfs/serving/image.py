@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lazyfs.serving.device import LayerHandle
+from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.sources.source import Source
 from lazyfs.system.process import resident_bytes
@@ -19,7 +19,7 @@ class Image:
     manifest_digest: str
     config: bytes
     namespace_path: str
-    layers: tuple[LayerHandle, ...]  # in the order of the namespace's device table
+    layers: tuple[DataDevice, ...]  # in the order of the namespace's device table
     source: Source
     dispatcher: Dispatcher  # of the source
     lock_fd: int
@@ -27,8 +27,8 @@ class Image:
 
     def promise(self, timeout_s: float) -> None:
         """A mount of it was promised that reads end within `timeout_s`; holds until the image is closed."""
-        for handle in self.layers:
-            handle.promise(self.manifest_digest, timeout_s)
+        for device in self.layers:
+            device.promise(self.manifest_digest, timeout_s)
 
     def statistics(self) -> dict[str, Any]:
         """What `lazyfs stats` shows: transfers of the image's source, blocks and reads of its layers, and the
@@ -38,10 +38,10 @@ class Image:
             "bytes_fetched": counters.bytes_fetched,
             "requests": counters.requests,
             "retries": counters.retries,
-            "blocks_present": sum(handle.layer.present_blocks() for handle in self.layers),
-            "blocks_total": sum(handle.layer.table.count for handle in self.layers),
-            "cache_hits": sum(handle.hits for handle in self.layers),
-            "cache_misses": sum(handle.misses for handle in self.layers),
-            "bytes_read": sum(handle.bytes_read for handle in self.layers),
+            "blocks_present": sum(device.layer.present_blocks() for device in self.layers),
+            "blocks_total": sum(device.layer.table.count for device in self.layers),
+            "cache_hits": sum(device.hits for device in self.layers),
+            "cache_misses": sum(device.misses for device in self.layers),
+            "bytes_read": sum(device.bytes_read for device in self.layers),
             "memory_bytes": resident_bytes(),
         }

@@ -20,7 +20,7 @@ from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.images.documents import Found, FoundLayer, Missing, find_index, load_config
 from lazyfs.images.resolve import Resolved, close_source, resolve
 from lazyfs.serving.blob import Blob
-from lazyfs.serving.device import LayerHandle
+from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.fetcher import LayerFetcher
 from lazyfs.serving.image import Image
@@ -44,13 +44,13 @@ class ImageStore:
     def __init__(self, cache: CacheDirectory, nursery: trio.Nursery) -> None:
         self.cache = cache
         self.images: dict[str, Image] = {}  # by manifest digest
-        self.handles: dict[str, LayerHandle] = {}  # by content root
+        self.devices: dict[str, DataDevice] = {}  # by content root
         self._nursery = nursery
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
         self._sources = Sources()
         # By manifest digest, so that a slow registry holds up nobody but those who want the same image.
         self._opening: collections.defaultdict[str, trio.Lock] = collections.defaultdict(trio.Lock)
-        self._changing = trio.Lock()  # of `images` and `handles`; held across local work only
+        self._changing = trio.Lock()  # of `images` and `devices`; held across local work only
 
     async def open(
         self, text: str, access: Access, timeout_s: float, *, make_index: bool = True, known: str | None = None
@@ -142,26 +142,26 @@ class ImageStore:
             return image
 
     def _assemble(self, resolved: Resolved, documents: _Documents, timeout_s: float) -> Image:
-        """Everything that needs no network: namespace file, cache entries, handles. In a worker thread."""
+        """Everything that needs no network: namespace file, cache entries, devices. In a worker thread."""
         lock_fd = self._lock(resolved.manifest_digest)
-        fresh: dict[str, LayerHandle] = {}
+        fresh: dict[str, DataDevice] = {}
         try:
             found = documents.found
             by_root = {layer.head.record.content_root: layer for layer in found.layers.values()}
             devices = found.namespace.devices
             layers = [self._layer(resolved, by_root[device.tag.decode()], fresh, timeout_s) for device in devices]
             sizes = [device.size_bytes for device in devices]
-            if sizes != [handle.size_bytes for handle, _ in layers]:
+            if sizes != [device.size_bytes for device, _ in layers]:
                 raise ImageError("the namespace in the index does not fit its block tables")
         except BaseException:
-            for handle in fresh.values():
-                handle.layer.close()
+            for device in fresh.values():
+                device.layer.close()
             os.close(lock_fd)
             raise
-        self.handles.update(fresh)
+        self.devices.update(fresh)
         dispatcher = Dispatcher(self._nursery)
-        for handle, blob in layers:
-            fetcher = handle.fetcher
+        for device, blob in layers:
+            fetcher = device.fetcher
             source = SpanSource(blob, fetcher.fragments, self._decoders, fetcher.sources)
             fetcher.add(source, dispatcher)
         image = Image(
@@ -169,7 +169,7 @@ class ImageStore:
             manifest_digest=resolved.manifest_digest,
             config=documents.config,
             namespace_path=namespace_path(self.cache, resolved.manifest_digest),
-            layers=tuple(handle for handle, _ in layers),
+            layers=tuple(device for device, _ in layers),
             source=resolved.source,
             dispatcher=dispatcher,
             lock_fd=lock_fd,
@@ -190,24 +190,24 @@ class ImageStore:
             os.close(lock_fd)
 
     def _layer(
-        self, resolved: Resolved, found: FoundLayer, fresh: dict[str, LayerHandle], timeout_s: float
-    ) -> tuple[LayerHandle, Blob]:
-        """The handle of one device, from `fresh` if it was not open before, and where to fetch it."""
+        self, resolved: Resolved, found: FoundLayer, fresh: dict[str, DataDevice], timeout_s: float
+    ) -> tuple[DataDevice, Blob]:
+        """The data device of one layer, from `fresh` if it was not open before, and where to fetch it."""
         record = found.head.record
         content_root = record.content_root
-        handle = self.handles.get(content_root) or fresh.get(content_root)
-        if handle is None:
+        device = self.devices.get(content_root) or fresh.get(content_root)
+        if device is None:
             layer = self._cached(content_root) or self.cache.create_layer(content_root, found.head.table())
-            handle = LayerHandle(layer, LayerFetcher(layer))
-            fresh[content_root] = handle
+            device = DataDevice(layer, LayerFetcher(layer))
+            fresh[content_root] = device
         spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, found.head.spans())
-        if spans.tar_bytes < handle.layer.table.tar_bytes:
+        if spans.tar_bytes < device.layer.table.tar_bytes:
             raise ImageError("the index's tables disagree about a layer's length")
         if spans.windows > WINDOWS_PER_GROUP * len(found.head.windows):
             raise ImageError("the index lacks windows that its spans need")
         remote = (resolved.source, found.windows_digest) if found.windows_digest else None
         windows = Windows(found.head.windows, found.kept, remote)
-        return handle, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s)
+        return device, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s)
 
     def _cached(self, content_root: str) -> CachedLayer | None:
         """The layer if it is in the cache and whole: then no table has to be read from the index."""
@@ -228,13 +228,13 @@ class ImageStore:
             if image.users:
                 return
             del self.images[image.manifest_digest]
-            kept = {handle.content_root for other in self.images.values() for handle in other.layers}
-            for handle in image.layers:
-                handle.fetcher.remove(image.dispatcher)
-                handle.release(image.manifest_digest)
-                if handle.content_root not in kept and handle.content_root in self.handles:
-                    del self.handles[handle.content_root]
-                    handle.layer.close()
+            kept = {device.content_root for other in self.images.values() for device in other.layers}
+            for device in image.layers:
+                device.fetcher.remove(image.dispatcher)
+                device.release(image.manifest_digest)
+                if device.content_root not in kept and device.content_root in self.devices:
+                    del self.devices[device.content_root]
+                    device.layer.close()
             os.close(image.lock_fd)
         try:
             await image.dispatcher.aclose()

@@ -78,7 +78,7 @@ async def test_an_image_in_a_registry_with_an_attached_index_mounts_from_an_empt
         image = await opened(images, pinned)
         assert image.source.counters.requests == 0
         await images.close(image)
-        assert not images.handles and not images.images
+        assert not images.devices and not images.images
 
 
 async def test_offline_and_unknown(store: CacheDirectory, tmp_path: Path) -> None:
@@ -182,16 +182,16 @@ async def test_images_that_are_opened_twice_are_shared_and_closed_with_the_last_
                 openers.start_soon(open_one, text)
         assert len({id(image) for image in users}) == 2
         assert sorted(image.users for image in images.images.values()) == [4, 4]
-        assert len(images.handles) == 2  # the big layer once
+        assert len(images.devices) == 2  # the big layer once
         one = next(image for image in users if image.reference == second)
         for image in [image for image in users if image is not one]:
             await images.close(image)
-        assert len(images.handles) == 2 - 1 and len(images.images) == 1
+        assert len(images.devices) == 2 - 1 and len(images.images) == 1
         for _ in range(3):
             await images.close(one)
         assert await read_files(one) == from_tar(big_layer())
         await images.close(one)
-        assert not images.images and not images.handles
+        assert not images.images and not images.devices
         with pytest.raises(HostError, match="closed"):
             one.layers[0].read_cached(0, 1)
 
@@ -218,7 +218,7 @@ async def test_a_failed_open_leaves_nothing_open(store: CacheDirectory, tmp_path
             await opened(images, reference)
         os.unlink(os.path.join(store.path, "layers"))
         os.rename(os.path.join(store.path, "moved"), os.path.join(store.path, "layers"))
-        assert not images.images and not images.handles
+        assert not images.images and not images.devices
         assert len(os.listdir("/proc/self/fd")) <= before + 2  # trio keeps idle worker threads, not files
         image = await opened(images, reference)
         await images.close(image)

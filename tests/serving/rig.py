@@ -22,7 +22,7 @@ from lazyfs.core.layer.spans import Compression, Point, SpanTable, encode_points
 from lazyfs.decoding.layers import layer_inflater
 from lazyfs.errors import RemoteError
 from lazyfs.serving.blob import Blob
-from lazyfs.serving.device import LayerHandle
+from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.fetcher import LayerFetcher
 from lazyfs.serving.spansource import SpanSource
@@ -135,7 +135,7 @@ async def fine(answer: bytes) -> bytes:
 class Rig:
     """A data device, and the source it was given first."""
 
-    handle: LayerHandle
+    handle: DataDevice
     nursery: trio.Nursery
     dispatchers: list[Dispatcher] = field(default_factory=list)
     sources: list[SpanSource] = field(default_factory=list)
@@ -196,7 +196,7 @@ async def rig(
     with tempfile.TemporaryDirectory(prefix="fetch-") as directory:
         layer = CacheDirectory(directory).create_layer(LAYER.content_root, LAYER.table)
         async with trio.open_nursery() as nursery:
-            it = Rig(LayerHandle(layer, LayerFetcher(layer)), nursery)
+            it = Rig(DataDevice(layer, LayerFetcher(layer)), nursery)
             it.add(FakeSource(stored(kind), list(faults)), spans=spans, timeout_s=timeout_s)
             it.handle.promise("image", timeout_s)
             yield it

@@ -37,7 +37,7 @@ async def test_a_shared_layer_keeps_the_shortest_timeout_of_the_images_that_are_
         assert one is again
         [shared] = set(one.layers) & set(other.layers)
         assert shared.timeout_s == 5
-        assert sorted(handle.timeout_s for handle in one.layers) == [5, 60]
+        assert sorted(device.timeout_s for device in one.layers) == [5, 60]
         await store.close(other)
         assert shared.timeout_s == 60
         await store.close(one)  # it has another user
@@ -64,6 +64,6 @@ async def test_a_shared_layer_is_served_until_the_last_of_its_images_is_closed(t
         assert len(shared.fetcher.sources) == 1
         assert await shared.read(0, 4096) == b"s" * 4096
         await store.close(one)
-        assert not shared.fetcher.sources and not store.handles
+        assert not shared.fetcher.sources and not store.devices
         await store.aclose()
         nursery.cancel_scope.cancel()
