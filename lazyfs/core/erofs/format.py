@@ -82,7 +82,7 @@ XATTR_PREFIXES = {1: b"user.", 2: ACL_ACCESS, 3: ACL_DEFAULT, 4: b"trusted.", 6:
 _ACL_VERSION = struct.Struct("<I")
 _ACL_ENTRY = struct.Struct("<HHI")
 _ACL_TAGS = {0x01: "u", 0x02: "U", 0x04: "g", 0x08: "G", 0x10: "m", 0x20: "o"}
-# acl(5), "VALID ACLS": a mask is a must once named users or groups appear.
+# acl(5), "VALID ACLS": an ACL with named users or groups must have a mask.
 _ACL_ORDER = re.compile("ugm?o|uU*gG*mo")
 
 # Dirent file types equal Kind's values (Kind follows the FT_* numbers); inode types are the usual S_IF* bits.
@@ -107,8 +107,8 @@ class Device:
 
 
 def superblock_checksum(first_block: bytes | bytearray) -> int:
-    """CRC-32C as the kernel computes it: over the first block from the superblock on, the checksum field
-    taken as zero, seed ~0, no final inversion."""
+    """CRC-32C as the kernel computes it: over the first block from the superblock on, with zeros in the checksum
+    field, seed ~0, no final inversion."""
     crc = 0xFFFFFFFF
     table = _CRC32C_TABLE
     covered = b"".join(
@@ -165,7 +165,7 @@ def xattr_body(xattrs: dict[bytes, bytes]) -> bytes:
 
 
 def acl_is_valid(value: bytes) -> bool:
-    """Whether setxattr(2) would take `value` as an ACL. The kernel fails access to files with another one."""
+    """Whether setxattr(2) would take `value` as an ACL. The kernel refuses access to files with an invalid one."""
     if len(value) % _ACL_ENTRY.size != _ACL_VERSION.size or _ACL_VERSION.unpack_from(value)[0] != 2:
         return False
     tags = ""

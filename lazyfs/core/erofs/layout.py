@@ -1,7 +1,7 @@
 """Tree -> the place of each inode in EROFS metadata: a nid is a place, so places come first.
 
-The children of a directory lie together, so listing it touches few pages. A record (inode, attributes, inline tail)
-never crosses a block end: the kernel demands that of the tail; the gaps are filled with later records.
+The children of a directory lie together, so listing it touches few pages. The kernel demands that an inline tail does
+not cross the end of a block, so a record (inode, attributes, tail) never does; later records fill the gaps.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from lazyfs.errors import ImageError
 _HINT = "the image itself is at fault: build it again, or report it to its publisher"
 _NO_NAMES = (b"", b".", b"..", b"/", b"\0")
 _ACL_EMPTY = b"\2\0\0\0"
-# Members of an Enum take long to look up, and this is asked for each name.
+# Looking up members of an Enum is slow, and happens for each name.
 _IS_FILE, _IS_DIR = Kind.FILE, Kind.DIR
 # Number, inode, byte position, attribute area, size of a directory's or link's content, bytes of it behind the inode.
 Record = tuple[int, Node, int, bytes, int, int]
 
 
 class Layout:
-    """Places of all inodes, and of content outside their records; numbered, from 1, in the order they get one."""
+    """Places of all inodes, and of content outside their records. Inodes are numbered from 1 in placing order.
+    """
 
     def __init__(self, start: int) -> None:
         self.files: dict[Node, int] = {}  # regular files with data and without attributes -> byte position
         self.file_numbers: list[int] = []
         self.records: list[Record] = []  # all others
-        self.unread: PlainFiles | None = None  # of which `copies` are
-        self.copies: dict[int, int] = {}  # files that nobody asked for, by the nid they had -> byte position
+        self.unread: PlainFiles | None = None  # where the files in `copies` come from
+        self.copies: dict[int, int] = {}  # unread files: the nid they had -> byte position
         self.copy_numbers: list[int] = []
         self.nids: dict[Node | int, int] = {}
         self.parents: dict[Node, Node] = {}
@@ -90,7 +91,7 @@ class Layout:
         self._place_outside()
 
     def _entries(self, directory: Node) -> Iterable[tuple[bytes, Any]]:
-        """Children in the order of their names; a number for a file that nobody asked for."""
+        """Children in the order of their names; an unread file is a number."""
         children = directory.children or {}
         if isinstance(children, UnreadChildren):
             if self.unread is None:
@@ -192,9 +193,9 @@ def directory_blocks(names: list[bytes]) -> tuple[list[list[bytes]], int]:
 
 
 def _kept_xattrs(node: Node) -> dict[bytes, bytes]:
-    """Attributes that setxattr(2) takes for this kind of file: no unpacked image can have others, and the
-    kernel would list but not return them. Left out: user.* off files and directories, ACLs on links, default
-    ACLs off directories, ACLs without entries (setting one removes the ACL). A malformed ACL is an error."""
+    """The attributes that setxattr(2) takes for this kind of file. No unpacked image can have others, and the kernel
+    would list them but not return them. Left out: user.* unless on files and directories, ACLs on links, default ACLs
+    unless on directories, ACLs without entries (setting one removes the ACL). Raises ImageError: a malformed ACL."""
     kind = node.kind
     kept = {}
     for name, value in node.xattrs.items():

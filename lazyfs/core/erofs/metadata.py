@@ -2,8 +2,8 @@
 
 Rule 1: the metadata comes from outside. Every offset and length is checked against the buffer before it is
 used, so damage shows as ImageError and never as another exception or as bytes from somewhere else.
-Rule 2: this is the hot path of the FUSE backend. A lookup unpacks only what it compares; nothing is copied
-but names and the value asked for. Where a directory's content lies is remembered (bounded), nothing else.
+Rule 2: this is the hot path of the FUSE backend. A lookup unpacks only what it compares, and copies only names and
+the value asked for. The only thing remembered (bounded) is where the content of a directory lies.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _TYPE_MASK = 0o170000
 
 
 class Inode(NamedTuple):
-    """What stat(2) needs, and where a regular file's data lies. A tuple: it is made for every stat."""
+    """What stat(2) needs, and where a regular file's data lies. A tuple, because one is made for every stat."""
 
     nid: int
     ino: int  # running number from 1; the kernel shows `nid` as st_ino
@@ -79,7 +79,7 @@ class Inode(NamedTuple):
 
 
 class Metadata:
-    """Reads one metadata image from `buffer`, which stays the caller's and must not change or be closed."""
+    """Reads one metadata image from `buffer`. The caller owns the buffer, and must neither change nor close it."""
 
     def __init__(self, buffer: bytes | mmap.mmap) -> None:
         """Raises ImageError unless the superblock and the device table are whole and within the profile."""

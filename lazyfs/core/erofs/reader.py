@@ -36,7 +36,7 @@ class ErofsReader(Metadata):
     """As Metadata, with walks over all of it. After `check` the kernel may be given the same bytes."""
 
     def check(self) -> None:
-        """Walk everything and raise ImageError for whatever a kernel or a user could stumble over.
+        """Walks all of it. Raises ImageError for anything that a kernel or a user could stumble over.
 
         Directories form a tree with right "." and ".."; names are valid, sorted and unique; types, link
         counts and the number of inodes agree; file data lies inside its device; attributes parse.
@@ -49,7 +49,7 @@ class ErofsReader(Metadata):
         while pending:
             nid, parent = pending.pop()
             node = self._checked_inode(nid)
-            # Directories that share blocks could make this walk as long as they like; honest ones do not.
+            # Directories that share blocks could make this walk arbitrarily long. Honest ones share none.
             content += node.size
             if content > self.length:
                 raise damaged("directories overlap")
@@ -94,18 +94,20 @@ class ErofsReader(Metadata):
         return inode
 
     def tree(self, numbers: Sequence[int] | None = None) -> Node:
-        """The tree that was written; a file's `Node.layer` is numbers[device], without `numbers` the device's number.
+        """The tree that was written, less the attributes that the writer leaves out. A file's `Node.layer` is
+        numbers[device], without `numbers` the device's number.
 
-        Attributes that the writer leaves out are not there. ImageError if what is read is damaged, a directory has two
-        parents, or directories overlap; of the rest of `check` nothing is looked at.
+        Raises ImageError if what is read is damaged, a directory has two parents, or directories overlap. It does not
+        check the rest of what `check` does.
         """
         layers = range(len(self.devices)) if numbers is None else numbers
         files = PlainFiles(self.buffer, self.devices, layers)
         root = self._node(self.root_nid, layers)
         nodes = {self.root_nid: root}
         pending = [(self.root_nid, root)]
-        plain: list[int] = []  # what seem to be plain files, of all directories
-        places: list[tuple[int, dict[bytes, Any], list[bytes]]] = []  # where in `plain` those of a directory begin
+        plain: list[int] = []  # nids of what seem to be plain files, of all directories
+        # Of each directory: where its files begin in `plain`, its children, the names of these files.
+        places: list[tuple[int, dict[bytes, Any], list[bytes]]] = []
         content = 0
         while pending:
             nid, directory = pending.pop()
@@ -130,14 +132,14 @@ class ErofsReader(Metadata):
             places[-1] = (places[-1][0], directory.children, places[-1][2])
         flags = files.plain(plain)
         if flags is None:
-            raise damaged("a file is not sound")
+            raise damaged("a file is outside its device, has two names, or is of another form")
         for number in compress(range(len(plain)), map(operator.not_, flags)):
             start, children, names = places[bisect_right(places, number, key=itemgetter(0)) - 1]
             dict.__setitem__(children, names[number - start], self._shared(plain[number], nodes, layers, _FILE_TYPE))
         return root
 
     def _shared(self, nid: int, nodes: dict[int, Node], layers: Sequence[int], file_type: int) -> Node:
-        """The one node of an inode, which is of this type, and no directory that is known already."""
+        """The one node of an inode. Raises ImageError if it is of another type, or a directory that has a parent."""
         node = nodes.get(nid)
         if node is None:
             nodes[nid] = node = self._node(nid, layers)
@@ -148,8 +150,8 @@ class ErofsReader(Metadata):
         return node
 
     def _listing(self, nid: int) -> tuple[list[bytes], Sequence[int], bytes, bytes]:
-        """Names, nids and types of a directory's entries, and its one block if it is of the form that the writer gives
-        it; else b""."""
+        """Names, nids and types of a directory's entries. Last its block, if it has one only, in the form that the
+        writer gives it, else b""."""
         size, blocks, rest = self._directory(nid)
         if size <= BLOCK_BYTES:
             base, end = self._block(0, size, blocks, rest)
@@ -175,7 +177,7 @@ class ErofsReader(Metadata):
         return [name for name, _, _ in entries], [child for _, child, _ in entries], types, b""
 
     def _node(self, nid: int, layers: Sequence[int]) -> Node:
-        """The node of any inode; a directory's children are missing yet."""
+        """The node of any inode. A directory has no children yet."""
         inode = self.inode(nid)
         mtime_s, mtime_ns = divmod(inode.mtime_ns, NSEC_PER_S)
         return Node(

@@ -1,7 +1,7 @@
-"""Plain files of a namespace that nobody has asked for: kept as they were written, to be written again.
+"""Plain files of a namespace that nobody has asked for: they stay as they were written, and are written again so.
 
-Of 33,000 files a change of an image touches a few. To make an object of each, and to take it apart again, would be most
-of the work of writing the new namespace.
+A change of an image touches a few of its 33,000 files. Making an object of each, and taking it apart again, would be
+most of the work of writing the new namespace.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class PlainFiles:
     """Regular files with data, without attributes and with one name each, by nid."""
 
     def __init__(self, buffer: Any, devices: Sequence[Device], layers: Sequence[int]) -> None:
-        """`layers`: of each device, the number that nodes shall have."""
+        """`layers`: of each device, the `Node.layer` of its files."""
         self._buffer = bytes(buffer)
         self._devices = devices
         self._layers = layers
-        # A file without data may be the last thing there is: it is looked at as if it had some.
+        # The last inode may be a file without data, which is read as if a chunk index followed.
         self._words = array("I", self._buffer + bytes(FILE.size - INODE_BYTES))
 
     def _columns(self, nids: Sequence[int]) -> Callable[[int], Sequence[int]]:
-        """Gives one word of each inode, by the word's number."""
+        """A function that gives one word of each inode, by the word's number."""
         get = itemgetter(*map(operator.mul, nids, repeat(_SLOT_WORDS)), 0, 0)  # two more: it gives a tuple
 
         def column(word: int) -> Sequence[int]:
@@ -57,9 +57,9 @@ class PlainFiles:
         return column
 
     def plain(self, nids: Sequence[int]) -> list[bool] | None:
-        """Which inodes are such files. None: one of those is outside the profile, damaged, or has two names.
+        """Which inodes are such files. None if one of them is outside the profile, damaged, or has two names.
 
-        Owners and times are not looked at: who reads an inode does.
+        Owners and times are not checked here: reading an inode checks them.
         """
         last = len(self._buffer) - INODE_BYTES
         if not nids:
@@ -69,9 +69,9 @@ class PlainFiles:
         column = self._columns(nids)
         flags = [head == FORMAT_CHUNKS and link == 1 for head, link in zip(column(0), column(_NLINK), strict=True)]
         files = list(compress(nids, flags))
-        return flags if self._are_sound(files) else None
+        return flags if self._are_valid(files) else None
 
-    def _are_sound(self, nids: Sequence[int]) -> bool:
+    def _are_valid(self, nids: Sequence[int]) -> bool:
         if not nids:
             return True
         if len(set(nids)) != len(nids):
@@ -96,7 +96,7 @@ class PlainFiles:
         return all(map(operator.le, ends, map(rooms.__getitem__, devices)))
 
     def node(self, nid: int) -> Node:
-        """One of them as a node, a new one at each call."""
+        """One of them as a node: a new object at each call."""
         fields = FILE.unpack_from(self._buffer, nid * SLOT_BYTES)
         _, _, mode, _, size, _, _, uid, gid, mtime_s, mtime_ns, nlink, _, device_id, block = fields
         layer, address = self._layers[device_id - 1], block << BLOCK_BITS
@@ -104,7 +104,7 @@ class PlainFiles:
         return Node(Kind.FILE, mode, uid, gid, mtime_s, mtime_ns, size, layer=layer, address=address, nlink=nlink)
 
     def rooms(self, nids: Sequence[int]) -> dict[int, int]:
-        """The layers in which their data lies, by number, and the sizes of these layers' devices."""
+        """Numbers of the layers in which their data lies -> size in bytes of the layer's device."""
         devices = [(word >> 16) - 1 for word in set(self._columns(nids)(_DEVICE))]
         return {self._layers[device]: self._devices[device].size_bytes for device in devices}
 
@@ -115,7 +115,8 @@ class PlainFiles:
     def write(
         self, image: bytearray, places: Mapping[int, int], inode_numbers: Iterable[int], numbers: Sequence[int]
     ) -> None:
-        """Writes files, by nid, at other places (bytes). `numbers`: of each layer, its device there."""
+        """Writes files into another namespace. `places`: nid here -> byte position there. `numbers`: of each layer, its
+        device there."""
         source = self._buffer
         words = memoryview(image).cast("I")
         for (nid, place), number in zip(places.items(), inode_numbers, strict=True):

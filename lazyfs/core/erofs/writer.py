@@ -2,13 +2,10 @@
 
 `Layout` walks the tree once and gives every inode its place; then inodes and directory blocks are packed.
 
-A file's data is one chunk of a device, never a flat inode that refers to it by the device table's unified
-addresses. Of those the kernel's EROFS on files (fs/erofs/fileio.c, erofs_fileio_scan_folio) compares the
-unified address of a folio with the device's own address behind the folio before: never equal, so every folio
-becomes a request. Measured with Linux 6.18, Python's start with nine imports from a cold cache, 17.4 MiB: 4,027
-reads of the device with flat inodes, 3,911 of them of 4 KiB; with chunks 370 to 450. The price: records count
-in slots of 32 bytes, so the metadata of 11,700 inodes grows from 1.14 to 1.44 MB (by zstd, it shrinks from 200
-to 191 kB).
+A file's data is one chunk of a device, never a flat inode that refers to it by the device table's unified addresses.
+With flat inodes the kernel's EROFS on files (fs/erofs/fileio.c, erofs_fileio_scan_folio) compares a folio's unified
+address with the device's own address behind the folio before. They are never equal, so every folio becomes a request:
+4,027 reads for a start of Python in place of 410 (docs/MEASUREMENTS.md, "core/erofs").
 
 The same tree gives the same bytes on every host: nothing depends on time, hashing or insertion order.
 """
@@ -75,8 +72,8 @@ _FILE_COLUMNS = attrgetter("mode", "size", "uid", "gid", "mtime_s", "mtime_ns", 
 def write_erofs(
     root: Node, devices: Sequence[Device], uuid: bytes = bytes(16), numbers: Sequence[int] | None = None
 ) -> bytes:
-    """EROFS image of the tree's metadata, a multiple of 4096 bytes. `devices` become the device table in the same
-    order; a file's one is devices[numbers[Node.layer]], without `numbers` devices[Node.layer].
+    """EROFS image of the tree's metadata, a multiple of 4096 bytes. `devices` become the device table, in this order.
+    The device of a file is devices[numbers[Node.layer]], without `numbers` devices[Node.layer].
 
     Raises ImageError when the tree cannot be represented: names, link targets, owners, times, device numbers
     or attributes outside Linux's limits, data outside its device, a directory with two parents, a device of
@@ -110,7 +107,7 @@ def _write_inodes(image: bytearray, layout: Layout, devices: Sequence[Device], n
     if layout.files:
         columns = list(zip(*map(_FILE_COLUMNS, layout.files), strict=True))
         if not _write_files(image, layout.files.values(), layout.file_numbers, columns, devices, numbers):
-            # One is not right: which, and why, comes out one by one.
+            # One file cannot be represented. Writing them one by one finds out which, and why.
             files = zip(layout.file_numbers, layout.files.items(), strict=True)
             _write_records(image, layout, devices, numbers, [(n, node, at, b"", 0, 0) for n, (node, at) in files])
     if layout.unread is not None and layout.copies:
@@ -122,7 +119,7 @@ def _write_inodes(image: bytearray, layout: Layout, devices: Sequence[Device], n
 def _check_devices(
     files: PlainFiles, nids: Iterable[int], devices: Sequence[Device], numbers: Sequence[int]
 ) -> None:
-    """Whether files of another namespace have the room here that they had there."""
+    """Raises ImageError unless the devices here are as large as those of the namespace that the files come from."""
     rooms = files.rooms(list(nids))
     for layer, size_bytes in rooms.items():
         if not (0 <= layer < len(numbers) and 0 <= numbers[layer] < len(devices)):
@@ -139,7 +136,7 @@ def _write_files(
     devices: Sequence[Device],
     numbers: Sequence[int],
 ) -> bool:
-    """Plain files by columns, several times faster than one by one. False: one cannot be represented."""
+    """Writes plain files by columns, several times faster than one by one. False: one cannot be represented."""
     modes, sizes, uids, gids, mtimes_s, mtimes_ns, nlinks, layers, addresses = columns
     if not 0 <= min(layers) <= max(layers) < len(numbers):
         return False
@@ -221,7 +218,7 @@ def _write_records(
 
 
 def _pack_directory(directory: Node, layout: Layout) -> bytes:
-    """All blocks of a directory; all but the last one filled up with zeros."""
+    """All blocks of a directory. All but the last are padded with zeros."""
     known = directory.children or {}
     if isinstance(known, UnreadChildren) and known.block:
         return _copy_block(directory, known, layout)
@@ -234,12 +231,12 @@ def _pack_directory(directory: Node, layout: Layout) -> bytes:
 
 
 def _raw(children: dict[bytes, Node]) -> dict[bytes, Any]:
-    """With numbers for files that nobody asked for."""
+    """The children as they are stored: unread files are numbers."""
     return dict(dict.items(children))
 
 
 def _copy_block(directory: Node, children: UnreadChildren, layout: Layout) -> bytes:
-    """The block of a directory in which nothing but places has changed."""
+    """The block of a directory that is as it was read, but for the nids."""
     nids = list(map(layout.nids.__getitem__, children.raw_values()))
     for place, node in zip(children.dots, (directory, layout.parents[directory]), strict=True):
         nids.insert(place, layout.nids[node])

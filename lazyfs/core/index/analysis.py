@@ -45,9 +45,8 @@ def analyse(
 ) -> ImageAnalysis:
     """`reader`: of the image's namespace.
 
-    `elsewhere`: sha256 of the blocks that the cache has of layers of other images. Raises ImageError.
-
-    A layer that occurs twice counts at its first place; at the others it adds nothing.
+    `elsewhere`: sha256 of the blocks that the cache has of layers of other images. A layer that occurs twice counts at
+    its first place only. Raises ImageError.
     """
     visible = _visible(reader)
     found = []

@@ -1,7 +1,7 @@
-"""The entries of a layer's tar, in columns: compresses to a third of rows, and is read several times faster.
+"""The entries of a layer's tar, in columns: they compress to a third of rows, and are read several times faster.
 
 Layout (docs/FORMATS.md, "Entries of a layer"): four lengths, a column for each field, then the variable parts back to
-back. Where a file's data lies is not said: it follows from the sizes (core/layer/blocks.py).
+back. The address of a file's data is not stored: it follows from the sizes (core/layer/blocks.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KINDS = {int(kind): kind for kind in Kind}
 
 
 def encode_entries(items: Sequence[LayerEntry]) -> bytes:
-    """The entries' bytes; addresses have to be those that BlockTableBuilder.place gave out, in order."""
+    """The entries' bytes. Addresses must be those of BlockTableBuilder.place, in order. ImageError: out of range."""
     entries = [item.entry for item in items]
     paths = [entry.path for entry in entries]
     targets = [entry.target for entry in entries]

@@ -1,8 +1,8 @@
 """The index of an image: its namespace, and for each layer what is needed to find the index of that layer.
 
 Layout (docs/FORMATS.md, "Image index"; version 2): a blob of sections (core/index/sections.py), magic "LZFSIMG2". The
-sections are the namespace (EROFS), then the heads of layer indexes that are so small that a request for each would take
-longer. The same image gives the same bytes.
+sections are the namespace (EROFS), then those heads of layer indexes that are too small to be worth a request each.
+The same image gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lazyfs.errors import ImageError
 ARTIFACT_TYPE = "application/vnd.lazyfs.index.v2"
 IMAGE_MEDIA_TYPE = "application/vnd.lazyfs.index.v2.image"
 MAX_IMAGE_INDEX_BYTES = MAX_STORED_BYTES
-# Of all heads of an image that are fetched, and so of what is held in memory.
+# Bounds what a mount fetches and holds in memory.
 MAX_HEADS_BYTES = MAX_STORED_BYTES
-# Heads up to this come with the image's index. A request costs a registry and its client more than as many bytes.
+# Heads up to this come with the image's index: a request costs registry and client more than 4 KiB.
 INLINE_BYTES = 4096
 
 _MAGIC = b"LZFSIMG2"
@@ -92,7 +92,7 @@ class ImageIndex:
         return namespace
 
     def inlined_head(self, part: LayerPart) -> bytes | None:
-        """The head of a layer's index if it is in here; not verified yet."""
+        """The head of a layer's index, not verified; None if it is not in the image's index."""
         place = self._inlined.get(part.index_digest)
         return None if place is None else self._sections.section(place, INLINE_BYTES)
 

@@ -1,4 +1,4 @@
-"""The index of one layer: all that follows from the layer alone, in one blob. Made once, for whatever image has it.
+"""The index of one layer: all that follows from the layer alone, in one blob. It is made once for all images.
 
 Layout (docs/FORMATS.md, "Layer index"; version 2): magic "LZFSLYR2" and header, as a blob of sections has them
 (core/index/sections.py); then
@@ -7,7 +7,7 @@ Layout (docs/FORMATS.md, "Layer index"; version 2): magic "LZFSLYR2" and header,
     windows   groups of windows (core/index/windows.py), back to back; read by range when a span needs one
     entries   of the tar (core/index/entries.py); read to flatten an image
 
-The head's sha256 stands in the index of each image that has the layer, and the head has the digests of what follows, so
+The index of each image that has the layer holds the head's sha256, and the head holds the digests of what follows. So
 every part can be verified alone. The same layer gives the same bytes.
 """
 
@@ -75,9 +75,9 @@ def encode_layer(scan: LayerScan) -> bytes:
 
 
 class LayerHead:
-    """The head of a layer's index, opened: its header is parsed and checked, the rest decoded when asked for.
+    """The head of a layer's index, opened: its header is parsed and checked, the rest is decoded on demand.
 
-    `blob`: the head, or more of the blob. It is not copied. Every method raises ImageError for what is damaged.
+    `blob`: the head, or more of the blob; not copied. Every method raises ImageError for damaged content.
     """
 
     def __init__(self, blob: bytes | memoryview) -> None:
@@ -103,7 +103,7 @@ class LayerHead:
             raise ImageError(f"{_WHAT} has another length than its header says")
 
     def table(self) -> bytes:
-        """The block table, which has the layer's content root."""
+        """The block table, verified against the layer's content root."""
         table = unpack_table(self._section(self._table_at, self._table))
         if hashlib.sha256(table).hexdigest() != self.record.content_root:
             raise ImageError("a block table in the index does not have the content root the index gives")
@@ -116,7 +116,7 @@ class LayerHead:
         return self._section(self._table_at + self._table[0], self._spans)
 
     def entries(self) -> list[LayerEntry]:
-        """The entries of the tar; needs the whole blob."""
+        """The entries of the tar. Needs the whole blob."""
         stored = self._blob[self._entries_at : self.whole_bytes]
         if hashlib.sha256(stored).hexdigest() != self._entries_sha256:
             raise ImageError(f"the entries in {_WHAT} do not have the digest it gives")

@@ -19,8 +19,8 @@ class LayerDevice(NamedTuple):
 
 
 def write_namespace(root: Node, layers: Sequence[LayerDevice]) -> bytes:
-    """The namespace of a tree; `Node.layer` indexes `layers`. The device table holds those that a file lies in, in the
-    order of the layers, equal ones once, at the place of the first. ImageError as of write_erofs().
+    """The namespace of a tree; `Node.layer` indexes `layers`. The device table holds the layers that have file data, in
+    their order; equal layers share the place of the first. Raises ImageError as write_erofs().
     """
     used = {layers[number].content_root for number in _layers_of(root) if number >= 0}
     sizes = {layer.content_root: layer.device_bytes for layer in layers if layer.content_root in used}
@@ -30,8 +30,7 @@ def write_namespace(root: Node, layers: Sequence[LayerDevice]) -> bytes:
 
 
 def read_tree(reader: ErofsReader, content_roots: Sequence[str]) -> Node:
-    """The tree of a namespace of layers with these content roots; `Node.layer` is a number of one of them. ImageError.
-    """
+    """The tree of a namespace of layers with these content roots; `Node.layer` indexes them. Raises ImageError."""
     try:
         numbers = [content_roots.index(device.tag.decode("ascii", "replace")) for device in reader.devices]
     except ValueError:

@@ -7,8 +7,8 @@ Little-endian:
     16      header: zstd frame of a JSON object
             sections, back to back, one zstd frame each
 
-Used by the index of an image (core/index/imageindex.py, and v1.py). The index of a layer has a form of its own, of
-which the first part stands alone (core/index/layerindex.py); its frames are made and read here, too.
+Used by the index of an image (core/index/imageindex.py, and v1.py). The index of a layer (core/index/layerindex.py)
+has a form of its own, since its first part must stand alone. Its header and frames are made and read here, too.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _LEVEL = 9
 
 
 def encode_sections(magic: bytes, header: dict[str, Any], raw: Sequence[bytes]) -> bytes:
-    """The blob; `header` gets the key "sections": [stored length, plain length] of each. The same input gives the
-    same bytes."""
+    """The blob. `header` gets the key "sections": [stored length, plain length] of each. The same input gives the same
+    bytes."""
     sections = [compress_quickly(section) for section in raw]
     lengths = [[len(stored), len(plain)] for stored, plain in zip(sections, raw, strict=True)]
     return b"".join((write_header(magic, {**header, "sections": lengths}), *sections))
 
 
 class Sections:
-    """A blob, opened: the header is parsed, sections are decoded when asked for. The blob is not copied.
+    """A blob, opened: the header is parsed, sections are decoded on demand. The blob is not copied.
 
-    `what` names it in errors, `hint` says what helps when its version is unknown. ImageError: damaged or unknown.
+    `what` names the blob in errors, `hint` says what helps if its version is unknown. ImageError: damaged or unknown.
     """
 
     def __init__(self, blob: bytes, magic: bytes, version: int, what: str, hint: str) -> None:
@@ -74,7 +74,7 @@ class Sections:
 
 
 def write_header(magic: bytes, header: dict[str, Any]) -> bytes:
-    """What such a blob begins with. The same header gives the same bytes."""
+    """The beginning of such a blob. The same header gives the same bytes."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
     stored = compress(text.encode())
     return _HEAD.pack(magic, len(stored)) + stored
@@ -134,7 +134,7 @@ _FRAME: dict[int, int] = {
     zstd.CompressionParameter.checksum_flag: 1,
     zstd.CompressionParameter.window_log: 23,
 }
-# For namespaces, which are written anew with each change of an image: 8 % larger, eight times faster.
+# For namespaces, which each change of an image makes anew: 8 % larger, eight times faster.
 _QUICK_FRAME: dict[int, int] = {
     **_FRAME,
     zstd.CompressionParameter.compression_level: 1,
@@ -151,13 +151,13 @@ def compress(raw: bytes) -> bytes:
 
 
 def compress_quickly(raw: bytes) -> bytes:
-    """As compress, for what is large and often made."""
+    """As compress, for what is large and made often."""
     return zstd.compress(raw, options=_QUICK_FRAME)
 
 
 def decompress(stored: bytes | memoryview, limit_bytes: int, what: str) -> bytes:
-    """One whole zstd frame of at most `limit_bytes` of content; never allocates more than that. `what` it is part of,
-    for errors."""
+    """The content of one whole zstd frame, at most `limit_bytes`; never allocates more. `what`: the blob's name in
+    errors."""
     decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 23})
     try:
         raw = decoder.decompress(stored, limit_bytes + 1)

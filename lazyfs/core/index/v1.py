@@ -1,7 +1,7 @@
-"""Version 1 of the index, which older lazyfs attached and kept: read only.
+"""Version 1 of the index, which older versions of lazyfs attached and cached. It is only read.
 
-All of an image in one blob of sections, magic "LZFSIDX1": the namespace, then for each layer its packed block table and
-its span records; windows in a second blob (docs/FORMATS.md, "Version 1").
+One blob of sections for the whole image, magic "LZFSIDX1": the namespace, then for each layer its packed block table
+and its span records. The windows are in a second blob (docs/FORMATS.md, "Version 1").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RECORD_BYTES = 8 + 8 + 4 + 32
 
 @dataclass(frozen=True, slots=True)
 class LayerV1:
-    """What a version 1 index has of one layer; the counterpart of core/index/layerindex.py's LayerHead."""
+    """One layer of an index of version 1; the counterpart of LayerHead (core/index/layerindex.py)."""
 
     record: LayerRecord
     windows: tuple[tuple[int, int], ...]  # (offset, length) of each group in the windows blob
@@ -50,7 +50,7 @@ class LayerV1:
 
 
 class IndexV1:
-    """An index blob, opened: the header is parsed and checked, sections are decoded when asked for.
+    """An index blob, opened: the header is parsed and checked, sections are decoded on demand.
 
     Every method raises ImageError for damaged or unknown content. The blob is not copied.
     """
@@ -108,7 +108,7 @@ def _groups(fields: dict[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 def _unpack_table(packed: bytes) -> bytes:
-    """A block table from the form it has in the index: gaps in place of addresses and tar offsets."""
+    """A block table from its packed form, which has gaps in place of addresses and tar offsets."""
     if len(packed) < _TABLE_HEADER.size:
         raise ImageError("block table is cut short")
     count = _TABLE_HEADER.unpack_from(packed)[1]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lazyfs.core.index.sections import (
-    compress,
-    decompress,
-)
+from lazyfs.core.index.sections import compress, decompress
 from lazyfs.core.layer.deflate import WINDOW_BYTES
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP
 from lazyfs.errors import ImageError
@@ -17,9 +14,7 @@ MAX_GROUP_BYTES = 2 * WINDOWS_PER_GROUP * WINDOW_BYTES
 
 
 def pack_windows(windows: Sequence[bytes]) -> list[bytes]:
-    """Windows in their order -> the stored groups of one layer. Short windows are filled with zeros
-    in front.
-    """
+    """Windows in their order -> the stored groups of one layer. Short windows are padded with zeros in front."""
     groups = []
     for first in range(0, len(windows), WINDOWS_PER_GROUP):
         group = windows[first : first + WINDOWS_PER_GROUP]

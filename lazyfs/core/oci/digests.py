@@ -1,6 +1,6 @@
-"""Digests, by what they are of. Functions here and in sources give the exact kind.
+"""Digests, a type for each kind of thing that is hashed. Parsers make them; nothing else converts one into another.
 
-hashlib is imported only to hash much (sha256.py).
+hashlib is imported only where much is hashed (sha256.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from lazyfs.core.oci.reference import is_digest
 from lazyfs.core.oci.sha256 import light_sha256
 from lazyfs.errors import ImageError
 
-_LITTLE_BYTES = 64 << 10  # either hash takes a third of a millisecond for it
+_LITTLE_BYTES = 64 << 10  # a third of a millisecond with either implementation
 
 
 Digest = NewType("Digest", str)  # "sha256:<hex>" (or sha512) of a blob or manifest, as stored: a layer compressed
@@ -41,7 +41,7 @@ def sha256_digest(data: bytes | memoryview) -> Digest:
 
 
 class DigestCheck:
-    """Hash a blob piece by piece against the digest it must have."""
+    """Hashes a blob piece by piece and compares it with the digest it must have."""
 
     def __init__(self, digest: str) -> None:
         import hashlib

@@ -1,8 +1,7 @@
-"""OCI and Docker documents as values: descriptors, manifests, indexes, image configs, digests.
+"""OCI and Docker documents as values: descriptors, manifests, image indexes, image configs.
 
 Formats: OCI image-spec v1.1 (descriptor.md, manifest.md, image-index.md, config.md) and Docker's "Image
-Manifest Version 2, Schema 2". All of it comes from outside: whatever is wrong raises ImageError, never
-another exception.
+Manifest Version 2, Schema 2". All of them come from outside: any fault raises ImageError, never another exception.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 MANIFEST_TYPES = frozenset({MEDIA_MANIFEST, DOCKER_MANIFEST})
 INDEX_TYPES = frozenset({MEDIA_INDEX, DOCKER_LIST})
 ACCEPT = ", ".join((MEDIA_MANIFEST, MEDIA_INDEX, DOCKER_MANIFEST, DOCKER_LIST))
-# What servers say that do not know: plain web servers, and old registries.
+# Content types of servers that do not know the type: plain web servers, and old registries.
 UNKNOWN_TYPES = frozenset({"", "application/json", "application/octet-stream", "text/plain"})
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -125,7 +124,7 @@ def load_json(raw: bytes, what: str, max_bytes: int = MAX_MANIFEST_BYTES) -> dic
         raise ImageError(f"{what} is larger than {max_bytes} bytes")
     try:
         document = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_constant)
-        # Lone surrogates parse, but cannot be written anywhere: find them here, not at the first write.
+        # Lone surrogates parse, but cannot be written: refuse them here, not at the first write.
         json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ImageError(f"{what} is not valid JSON: {type(error).__name__}") from None
@@ -221,7 +220,7 @@ def _media_type(text: str, what: str) -> str:
 def parse_manifest(raw: bytes, media_type: str) -> Manifest | ImageIndex:
     """Parse a manifest or index as served with `media_type` (a Content-Type; "" = not known).
 
-    ImageError if the document says another type than the server, or could be read as both kinds
+    ImageError if document and server disagree about the type, or if the document could be read as both kinds
     (CVE-2021-41190: two clients would see two images).
     """
     document = load_json(raw, "the manifest")

@@ -7,15 +7,13 @@ import re
 from lazyfs.core.oci.documents import INDEX_TYPES, MANIFEST_TYPES, Descriptor, ImageIndex, Platform
 from lazyfs.errors import ImageError, UserError
 
-# -- platforms -------------------------------------------------------------------------------------------
-
 _MACHINES = {  # uname -m (uname(2)) -> platform, as containerd's platforms package has it
     "x86_64": "linux/amd64", "aarch64": "linux/arm64", "armv7l": "linux/arm/v7", "armv8l": "linux/arm/v7",
     "armv6l": "linux/arm/v6", "i686": "linux/386", "i386": "linux/386", "ppc64le": "linux/ppc64le",
     "s390x": "linux/s390x", "riscv64": "linux/riscv64", "loongarch64": "linux/loong64",
     "mips64": "linux/mips64",
 }  # fmt: skip
-# What an architecture may run, best first; the first of DEFAULT_VARIANTS is meant when none is written.
+# The variant that is meant where none is written.
 _DEFAULT_VARIANTS = {"arm": "v7", "arm64": "v8", "amd64": "v1"}
 
 
@@ -38,10 +36,10 @@ def parse_platform(text: str) -> Platform:
 
 
 def select_platform(index: ImageIndex, platform: str) -> Descriptor:
-    """The index's manifest for `platform`; may be an index again (the caller follows, MAX_INDEX_DEPTH).
+    """The index's manifest for `platform`, perhaps an index again, which the caller follows (MAX_INDEX_DEPTH).
 
-    The exact variant first, then lower ones the same hardware runs. A single entry without a platform is
-    taken if nothing else fits. ImageError lists what there is.
+    Prefers the exact variant, then the next lower one, which the same hardware runs. Takes a single entry without a
+    platform if nothing else fits. ImageError lists what there is.
     """
     want = parse_platform(platform)
     default = _DEFAULT_VARIANTS.get(want.architecture, "")

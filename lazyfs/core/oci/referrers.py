@@ -25,18 +25,18 @@ _REFERRERS_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 
 
 def referrers_tag(subject_digest: str) -> str:
-    """The tag of the index that lists what refers to a manifest. ImageError: no digest."""
+    """The tag of the index that lists what refers to a manifest. ImageError: not a digest."""
     algorithm, value = parse_digest(subject_digest)
     return f"{algorithm}-{value[:64]}"  # a tag has at most 128 characters, so the specification cuts sha512
 
 
 def is_referrers_tag(name: str) -> bool:
-    """Whether `name` is such a tag, and so that of no image."""
+    """Whether `name` is such a tag, so names no image."""
     return _REFERRERS_TAG.fullmatch(name) is not None
 
 
 def listed_as(manifest: bytes, subject: Descriptor) -> Descriptor:
-    """How the artifact `manifest` is listed among what refers to `subject`. ImageError if it does not refer to it."""
+    """The entry of the artifact `manifest` in the list of `subject`'s referrers. ImageError if it refers to another."""
     parsed = parse_manifest(manifest, MEDIA_MANIFEST)
     if parsed.subject is None or parsed.subject.digest != subject.digest:
         raise ImageError(f"the manifest to attach does not refer to {subject.digest}")
@@ -67,7 +67,7 @@ def build_artifact(
 
 
 def add_to_index(raw: bytes | None, descriptor: Descriptor) -> bytes:
-    """The index `raw` (None = a new one) with `descriptor` appended, once; the rest of it stays as it is."""
+    """The index `raw` (None: a new one) with `descriptor` appended unless it is listed; all else stays as it is."""
     if raw is None:
         document: dict[str, Any] = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": []}
     else:

@@ -1,11 +1,11 @@
 """Layers flattened to one tree, with the result of unpacking them one upon the other.
 
 Rules: OCI image-spec, layer.md ("Applying Changesets", "Whiteouts"), and where it is silent, what `umoci
-unpack` and containerd do. Entries apply in tar order. A whiteout hides only what lower layers brought, so
-each layer keeps track of the names that it wrote itself (`upper`): those survive a whiteout after them.
+unpack` and containerd do. Entries apply in tar order. A whiteout hides only what lower layers brought. So the names
+that the current layer wrote are remembered (`_upper`): they survive a later whiteout of that layer.
 
-Nothing here touches a file system, so a link that points "outside" just resolves inside the image.
-All walks are loops: a hostile tree may be deeper than Python's stack.
+Nothing here touches a file system: a link that points "outside" resolves inside the image. All walks are loops,
+because a hostile tree may be deeper than Python's stack.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ class Node:
 
 
 class Unread(Protocol):
-    """Files that were not read yet, by numbers of its own."""
+    """Files that were not read yet, by numbers that this object gives them."""
 
     def node(self, nid: int) -> Node:
-        """The inode of one: a new object, to be asked for once."""
+        """The inode of one: a new object at each call, so ask once."""
 
     def layers(self, nids: Sequence[int]) -> set[int]:
         """Numbers of the layers in which their data lies."""
 
 
 class UnreadChildren(dict[bytes, Node]):
-    """The children of a directory in a tree that was read back: a plain file is a number until somebody asks for it.
+    """The children of a directory in a tree that was read back. A plain file is a number until somebody asks for it.
 
-    get(), [], values() and items() give nodes; the raw_ ones what is there. Changed by item only. `block`: the
-    directory as it was stored, sorted as the items are, with the places of "." and ".." in it; empty if it is not
-    known, or not any more.
+    get(), [], values() and items() give nodes; raw_values() and raw_items() give what is stored. It is changed by item
+    only. `block`: the directory's block as it was stored, in the order of the items; empty once the directory has
+    changed, or if it has another form. `dots`: the places of "." and ".." in the block.
     """
 
     __slots__ = ("block", "dots", "files")
@@ -129,10 +129,10 @@ def flatten(layers: Sequence[Iterable[LayerEntry]]) -> Node:
 
 
 def extend(base: Node, layers: Sequence[Iterable[LayerEntry]], first: int = 0) -> Node:
-    """Applies further layers to a tree of lower ones, which belongs to the result from now on. As flatten() of all.
+    """Applies further layers to `base`, a tree of lower ones, with the result of flatten() of all. `base` belongs to
+    the result; after an ImageError it is of no use.
 
-    `first`: the number of the first of `layers`; nodes of `base` have lower ones. After an ImageError, `base` is of no
-    use.
+    `first`: the number of the first of `layers`; nodes of `base` have lower ones.
     """
     tree = _Tree(base)
     for number, layer in enumerate(layers, first):
@@ -177,7 +177,7 @@ class _Tree:
             return
         if old is not None:
             del children[name]
-        # Only now: a link to what it replaces, or to something below that, has lost its target.
+        # Only now, because a hard link to what it replaces, or to something below, has lost its target.
         node = self._link_target(entry) if entry.kind is Kind.HARDLINK else self._node(entry, address)
         children[name] = node
         if old is not None or node.kind is Kind.SYMLINK:
@@ -203,10 +203,10 @@ class _Tree:
         return node
 
     def _resolve(self, path: bytes) -> list[tuple[bytes, Node | None]]:
-        """The names that lead to `path` with all symbolic links followed inside the root, and what is there.
+        """The names that lead to `path`, all symbolic links followed inside the root, each with its node.
 
-        A missing name and one below a non-directory stand for themselves, so that ".." in a link takes them
-        back (as filepath-securejoin does for umoci and containerd).
+        A name that is missing, or below a non-directory, has None, and ".." in a link takes it back (as
+        filepath-securejoin does for umoci and containerd).
         """
         trail: list[tuple[bytes, Node | None]] = []
         node: Node | None = self.root
@@ -307,7 +307,7 @@ class _Tree:
 
 
 def read_nodes(children: dict[bytes, Node]) -> list[Node]:
-    """Those children that are nodes; others are plain files with one name (UnreadChildren)."""
+    """The children that are nodes. The others are plain files with one name (UnreadChildren)."""
     if isinstance(children, UnreadChildren):
         return [child for child in children.raw_values() if type(child) is not int]
     return list(children.values())
