@@ -82,7 +82,7 @@ class Fake:
             self.say(attached=message["attached"], op="attached")
             connection.sendall(replies.ok())
         elif isinstance(request, requests.Mount):
-            self.mount(connection, "mount", request, None)
+            self.mount(connection, "lease", request, None)
         elif isinstance(request, requests.FuseMount):
             self.mount(connection, "fuse_mount", request.mount, request.target)
         else:
@@ -111,7 +111,7 @@ class Fake:
         if name == "broken":
             connection.sendall(replies.failure(RemoteError("registry.test answers 503", "try later")))
             return
-        if name == "hostproblem" and op == "mount":
+        if name == "hostproblem" and op == "lease":
             connection.sendall(replies.failure(Unsupported("no EROFS from files here")))
             return
         if name == "diskfull":

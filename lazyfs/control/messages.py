@@ -2,7 +2,7 @@
 
 One request a line, answered by any number of ``{"progress": text}`` lines and then exactly one of
 
-    {"ok": true, ...}                                    with fields of the operation (replies.py); for "mount" one
+    {"ok": true, ...}                                    with fields of the operation (replies.py); for "lease" one
                                                          descriptor comes with it
     {"needs_index": true, "manifest_digest", "reasons"}  the image has no index yet: build one, ask again. "reasons":
                                                          why those that are attached were passed over
@@ -12,7 +12,7 @@ One request a line, answered by any number of ``{"progress": text}`` lines and t
 
 Requests (control/requests.py: a record and a parser for each, control/replies.py: the fields of its answer):
 
-    {"op": "mount", "image", "access": {...}, "timeout_s", "push_index"}
+    {"op": "lease", "image", "access": {...}, "timeout_s", "push_index"}
         A lease of the image: the daemon keeps it until this connection ends. "access" is sources/access.py's record;
         "push_index": the client makes a missing index, since it pushes it.
     {"op": "fuse_mount", "image", "access", "timeout_s", "push_index", "target", "allow_other", "exec"}
@@ -24,10 +24,14 @@ Requests (control/requests.py: a record and a parser for each, control/replies.p
         `ephemeral_upper` is removed when `dev` has gone.
     {"op": "hold", "name", "dev"}, {"op": "release", "name"}
         A lease by name, of an image that is mounted or leased: it needs no target and no connection, and outlives the
-        daemon's worker. `dev` is one that "mount" or "list" gave. A name is held once: to hold it again moves it.
+        daemon's worker. `dev` is one that "lease" or "list" gave. A name is held once: to hold it again moves it.
     {"op": "stats", "dev": "MAJ:MIN"}, {"op": "list"}, {"op": "ping"}, {"op": "upgrade"}, {"op": "stop"}
         "stats" takes the "dev" of an image or of a target, and answers an `Entry` with the counters of its image
         (serving/image.py).
+
+A daemon runs on when its package is replaced, so client and daemon may differ in version. What either does not know is
+refused where it may be meant seriously: an operation, and any key of "lease" and "fuse_mount", whose form is therefore
+changed by another name only. ("mount" was a lease whose access was said otherwise.)
 
 The light `mount` client imports this module: standard library only, and no records, which cost a start 0.1 ms each.
 """

@@ -38,7 +38,7 @@ COUNTERS = (  # of serving/image.py
 
 # The fields of "ok" replies beside "ok" itself; "mounts" of "list" are entries, of others their number.
 REPLIES: dict[str, tuple[str, ...]] = {
-    "mount": ("manifest_digest", "image", "joined", "dev"),
+    "lease": ("manifest_digest", "image", "joined", "dev"),
     "fuse_mount": ("manifest_digest", "image", "joined", "dev"),
     "attached": (),
     "hold": (),

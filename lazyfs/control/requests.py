@@ -120,7 +120,11 @@ def parse_attached(value: object) -> Attached:
     )
 
 
-def _mount(message: Mapping[str, Any]) -> Mount:
+def _mount(message: Mapping[str, Any], more: frozenset[str] = frozenset()) -> Mount:
+    """Unknown keys, but for those in `more`, are refused: a newer client may mean them seriously."""
+    unknown = message.keys() - {"op", *Mount._fields} - more
+    if unknown:
+        raise ProtocolError(f"control request: unknown key {min(unknown)!r:.40}", VERSIONS)
     return Mount(
         image=_text(message.get("image"), "image", MAX_IMAGE_CHARACTERS),
         access=parse_access(message.get("access", {})),
@@ -131,7 +135,7 @@ def _mount(message: Mapping[str, Any]) -> Mount:
 
 def _fuse_mount(message: Mapping[str, Any]) -> FuseMount:
     return FuseMount(
-        _mount(message),
+        _mount(message, frozenset(("target", "allow_other", "exec"))),
         target=_path(message.get("target"), "target"),
         allow_other=_boolean(message.get("allow_other", False), "allow_other"),
         executable=_boolean(message.get("exec", True), "exec"),
@@ -144,7 +148,7 @@ def _name(message: Mapping[str, Any]) -> str:
 
 # What a request is called, what becomes of it, and how it is read.
 OPERATIONS: dict[str, tuple[type[Request], Callable[[Mapping[str, Any]], Request]]] = {
-    "mount": (Mount, _mount),
+    "lease": (Mount, _mount),
     "fuse_mount": (FuseMount, _fuse_mount),
     "attached": (Attached, lambda message: parse_attached(message.get("attached"))),
     "hold": (Hold, lambda message: Hold(_name(message), parse_dev(message.get("dev")))),

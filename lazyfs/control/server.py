@@ -19,7 +19,7 @@ from lazyfs.system.sockets import send_fds
 
 log = logging.getLogger("lazyfs.control")
 
-# A client that says nothing for this long, or does not read its answer, is dropped. Between "mount" and "attached" it
+# A client that says nothing for this long, or does not read its answer, is dropped. Between "lease" and "attached" it
 # has an overlay to build and a file system to attach.
 _PATIENCE_S = 60.0
 _MAX_CLIENTS = 64

@@ -54,7 +54,7 @@ def _kernel(wanted: Wanted, reporter: Reporter) -> Lease:
                 connection.close()
             connection = launch.connect_or_start(wanted.cache, wanted.runtime)
             try:
-                connection.send({"op": "mount", **wanted.request()})
+                connection.send({"op": "lease", **wanted.request()})
                 from lazyfs.system import detached  # noqa: F401 - for attaching; it loads while the daemon works
 
                 return connection.answer(wanted.silence_s(), reporter.progress)

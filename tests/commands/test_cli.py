@@ -130,7 +130,7 @@ def test_interrupted_from_the_keyboard(cache: Path, target: Path) -> None:
         with subprocess.Popen([sys.executable, "-m", "lazyfs.commands.main", *words], cwd=ROOT, stderr=-1) as process:
             connection, _ = listener.accept()
             with connection:
-                assert json.loads(connection.recv(65536))["op"] == "mount"
+                assert json.loads(connection.recv(65536))["op"] == "lease"
                 process.send_signal(signal.SIGINT)
                 _, error = process.communicate(timeout=30)
         assert process.returncode == 130 and error == b""

@@ -38,7 +38,7 @@ def pair() -> Iterator[tuple[Connection, socket.socket]]:
 
 def test_a_mount_request_survives_the_wire() -> None:
     message = {
-        "op": "mount",
+        "op": "lease",
         "image": "debian:12",
         "access": {
             "offline": True,
@@ -61,7 +61,7 @@ def test_access_travels_as_it_is() -> None:
     """All fields, so that a new one cannot be forgotten."""
     access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"})
     assert all(value != default for value, default in zip(access, Access(), strict=True))
-    message = {"op": "mount", "image": "a", "access": access.to_json()}
+    message = {"op": "lease", "image": "a", "access": access.to_json()}
     assert requests.parse_request(messages.encode(message)) == Mount("a", access)
     assert from_json(Access().to_json()) == Access()
 
@@ -106,25 +106,28 @@ def test_names_that_are_not_utf_8_survive() -> None:
         b"\xff",
         b"{" * 100_000,
         b"[" * 100_000,
-        b'{"op":"mount"}',
+        b'{"op":"lease"}',
         b'{"op":"format"}',
-        b'{"op":["mount"]}',
-        b'{"op":"mount","image":""}',
-        b'{"op":"mount","image":"a\\u0000b"}',
-        b'{"op":"mount","image":"a","access":[]}',
-        b'{"op":"mount","image":"a","access":{"ofline":true}}',
-        b'{"op":"mount","image":"a","access":{"offline":1}}',
-        b'{"op":"mount","image":"a","timeout_s":0}',
-        b'{"op":"mount","image":"a","timeout_s":true}',
-        b'{"op":"mount","image":"a","timeout_s":NaN}',
-        b'{"op":"mount","image":"a","timeout_s":' + b"9" * 1000 + b"}",
-        b'{"op":"mount","image":"a","timeout_s":' + b"9" * 10000 + b"}",
-        b'{"op":"mount","image":"a","access":{"ca_files":["relative"]}}',
-        b'{"op":"mount","image":"a","access":{"ca_files":"/a"}}',
-        b'{"op":"mount","image":"a","access":{"environ":{"LD_PRELOAD":"/x"}}}',
-        b'{"op":"mount","image":"a","access":{"environ":{"HOME":1}}}',
+        b'{"op":["lease"]}',
+        b'{"op":"lease","image":""}',
+        b'{"op":"lease","image":"a\\u0000b"}',
+        b'{"op":"mount","image":"a"}',
+        b'{"op":"lease","image":"a","access":[]}',
+        b'{"op":"lease","image":"a","options":{"platform":"linux/arm64"}}',
+        b'{"op":"lease","image":"a","access":{"ofline":true}}',
+        b'{"op":"lease","image":"a","access":{"offline":1}}',
+        b'{"op":"lease","image":"a","timeout_s":0}',
+        b'{"op":"lease","image":"a","timeout_s":true}',
+        b'{"op":"lease","image":"a","timeout_s":NaN}',
+        b'{"op":"lease","image":"a","timeout_s":' + b"9" * 1000 + b"}",
+        b'{"op":"lease","image":"a","timeout_s":' + b"9" * 10000 + b"}",
+        b'{"op":"lease","image":"a","access":{"ca_files":["relative"]}}',
+        b'{"op":"lease","image":"a","access":{"ca_files":"/a"}}',
+        b'{"op":"lease","image":"a","access":{"environ":{"LD_PRELOAD":"/x"}}}',
+        b'{"op":"lease","image":"a","access":{"environ":{"HOME":1}}}',
         b'{"op":"fuse_mount","image":"a"}',
         b'{"op":"fuse_mount","image":"a","target":"t"}',
+        b'{"op":"fuse_mount","image":"a","target":"/t","home":{}}',
         b'{"op":"stats"}',
         b'{"op":"stats","dev":"1"}',
         b'{"op":"stats","dev":"-1:2"}',
@@ -236,7 +239,7 @@ def test_a_descriptor_comes_with_the_reply(pair: tuple[Connection, socket.socket
         file.write(b"content")
         file.flush()
         socket.send_fds(theirs, [replies.ok()], [file.fileno()])
-    connection.ask({"op": "mount"}, 5)
+    connection.ask({"op": "lease"}, 5)
     fd = connection.take_fd()
     try:
         assert os.pread(fd, 100, 0) == b"content" and not os.get_inheritable(fd)
@@ -252,7 +255,7 @@ def test_descriptors_nobody_took_are_closed() -> None:
     with theirs, Connection(ours) as connection:
         socket.send_fds(theirs, [replies.ok()], [writing])
         os.close(writing)
-        connection.ask({"op": "mount"}, 5)
+        connection.ask({"op": "lease"}, 5)
     try:
         assert os.read(reading, 1) == b""  # end of file: the last writing end has gone
     finally:
@@ -263,7 +266,7 @@ def test_too_many_descriptors_are_refused(pair: tuple[Connection, socket.socket]
     connection, theirs = pair
     socket.send_fds(theirs, [replies.ok()], [0, 1, 2])
     with pytest.raises(ProtocolError):
-        connection.ask({"op": "mount"}, 5)
+        connection.ask({"op": "lease"}, 5)
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"ok":'])

@@ -201,7 +201,7 @@ def test_a_new_option_is_written_at_two_places(tmp_path: Path) -> None:
         "from lazyfs.control import messages, requests; from lazyfs.daemon import state\n"
         "from lazyfs.mounting import options\n"
         "access = options.parse(['made_up,timeout=3']).access\n"
-        "line = messages.encode({'op': 'mount', 'image': 'a', 'access': access.to_json()})\n"
+        "line = messages.encode({'op': 'lease', 'image': 'a', 'access': access.to_json()})\n"
         "assert requests.parse_request(line).access.made_up is True\n"
         "assert requests.parse_access(access.to_json()) == access  # the state file's form\n"
         "assert 'what was made up' in options.help_text()\n"

@@ -22,7 +22,7 @@ def ask(machine: Host, **request: Any) -> dict[str, Any]:
 
 def lease(connection: Connection, image: str) -> dict[str, Any]:
     """Mounts the image and drops the mount's descriptor: only the connection holds it."""
-    reply = connection.ask({"op": "mount", "image": image, "access": {}}, DEADLINE_S)
+    reply = connection.ask({"op": "lease", "image": image, "access": {}}, DEADLINE_S)
     os.close(connection.take_fd())
     return reply
 
@@ -91,4 +91,4 @@ def test_replies_have_the_documented_fields(machine: Host, image: str) -> None:
     assert [set(one) for one in entry["targets"]] == [set(Attached._fields)]
     if machine.backend == "kernel":
         with Connection.open(found.socket_path) as connection:
-            assert set(lease(connection, image)) == {"ok", *REPLIES["mount"]}
+            assert set(lease(connection, image)) == {"ok", *REPLIES["lease"]}
