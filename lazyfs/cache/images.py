@@ -104,6 +104,9 @@ class WindowGroups:
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
+    def close(self) -> None:
+        """Nothing: the image's directory is held by whoever has the image open."""
+
     def forget(self) -> None:
         """Nothing: each group is checked when it is used."""
 

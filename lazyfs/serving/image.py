@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lazyfs.cache.images import WindowGroups
+from lazyfs.cache.scans import KeptLayerIndex
 from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.sources.source import Source
@@ -23,6 +25,7 @@ class Image:
     source: Source
     dispatcher: Dispatcher  # of the source
     lock_fd: int
+    kept: tuple[KeptLayerIndex | WindowGroups, ...]  # of the indexes of its layers, held in the cache
     users: int = 1
 
     def promise(self, timeout_s: float) -> None:

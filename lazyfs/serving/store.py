@@ -173,6 +173,7 @@ class ImageStore:
             source=resolved.source,
             dispatcher=dispatcher,
             lock_fd=lock_fd,
+            kept=tuple(layer.kept for layer in found.layers.values()),
         )
         image.promise(timeout_s)
         return image
@@ -236,6 +237,8 @@ class ImageStore:
                     del self.devices[device.content_root]
                     device.layer.close()
             os.close(image.lock_fd)
+            for index in image.kept:
+                index.close()
         try:
             await image.dispatcher.aclose()
         finally:
