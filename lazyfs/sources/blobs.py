@@ -1,7 +1,7 @@
 """Blobs over HTTP: whole, by range, and as a stream that resumes. Shared by registries and web layouts.
 
-A `Locator` says where a blob is at the moment; it is asked again when a server refuses (expired signed URLs,
-expired tokens).
+A `Locator` says where a blob is at the moment. It is asked again when a server refuses, because a signed URL or a
+token has expired.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lazyfs.errors import ImageError, NotFound, RemoteError
 from lazyfs.sources.http import BodyTooLarge, HttpClient, Response, StreamResponse
 from lazyfs.sources.urls import redact
 
-# A server that ignores ranges sends the whole blob for each read. Up to 16 MiB that costs a fraction of a
-# second on a common line and is tolerated; beyond it, mounting lazily would fetch the image many times over.
+# A server that ignores ranges sends the whole blob for each read. Up to 16 MiB that is tolerated: it costs a fraction
+# of a second; with larger blobs, mounting lazily would fetch the image many times over.
 MAX_WHOLE_BLOB_BYTES = 16 << 20
 STREAM_CHUNK_BYTES = 1 << 20  # one thread hop (50-100 us) per 0.7 ms of hashing
-# A broken stream may resume as often as it likes while it makes this much progress in between.
+# A broken stream may resume any number of times if it makes this much progress in between.
 PROGRESS_BYTES = 1 << 20
 REFUSED = frozenset(
     {400, 401, 403, 404, 410}
@@ -43,10 +43,10 @@ class Locator(Protocol):
         """The URL to ask and the headers to send along."""
 
     def came_from(self, url: str) -> None:
-        """The answer was found at `url`, after redirects: may be asked directly next time."""
+        """The answer came from `url`, after redirects, so that may be asked directly next time."""
 
     async def refused(self, answer: Response | StreamResponse) -> bool:
-        """The place answered so, with 4xx. True = ask `where()` again; raise or return False = give up."""
+        """The server answered with this 4xx. True: ask `where()` again. Returning False or raising: give up."""
 
 
 class _Shorter(ImageError):
@@ -67,7 +67,7 @@ def _content_range(headers: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def _ends_before(headers: Mapping[str, str], end: int) -> bool:
-    """Whether the answer is all there is from where it starts, and the blob ends before `end`."""
+    """Whether the answer reaches the end of the blob, and that is before `end`."""
     found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
     return found is not None and found[3] == str(int(found[2]) + 1) and int(found[3]) < end
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-# -- auth challenges -------------------------------------------------------------------------------------
-
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(rf'\s*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN}))\s*(?:,|$)')
 _SCHEME = re.compile(rf"\s*({_TOKEN})(?:\s+|$|\s*,)")
@@ -15,7 +13,7 @@ _MAX_CHALLENGE_CHARS = 16384
 def parse_challenges(header: str) -> list[tuple[str, dict[str, str]]]:
     """The challenges of a WWW-Authenticate header (RFC 9110 section 11.6.1): (lower-case scheme, parameters).
 
-    What does not follow the grammar ends the parsing; what was read before it counts.
+    Parsing ends at what does not follow the grammar; what was read before counts.
     """
     out: list[tuple[str, dict[str, str]]] = []
     position = 0

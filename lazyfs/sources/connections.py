@@ -25,16 +25,16 @@ from lazyfs.tasks import Slots
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 60.0
-# In flight to one origin; streams have as many of their own, so whoever holds a stream can always fetch something
-# else. It protects the server, whoever asks it: sources that share connections share this, too. It is the only limit
-# here (pools have none), and it is by origin, so a silent server holds up nobody but those who ask it.
+# Requests in flight to one origin. Streams have as many slots of their own, so whoever holds a stream can always fetch
+# something else. The limit protects the server, so sources that share connections share it. It is the only one (pools
+# have none), and it is by origin, so a silent server delays only those who ask it.
 REQUESTS_AT_ONCE = 8
 MAX_CAUSES = 20
 MAX_REMEMBERED_HOSTS = 256  # a registry and its blob stores are a handful
 CERTS_DIRS = ("/etc/docker/certs.d", "/etc/containers/certs.d")  # containers-certs.d(5)
 
-# Of one recv. With httpcore's 64 KiB, reading 4 MiB takes twice the CPU, since its generators are paid per piece.
-# There is no option for it; the name is that of httpcore 1.0.9 (a test reads how much comes at once).
+# Size of one recv. With httpcore's 64 KiB, reading 4 MiB takes twice the CPU, because every piece goes through its
+# generators. There is no option for it; the name is that of httpcore 1.0.9 (a test checks how much comes at once).
 READ_BYTES = 512 << 10
 http11.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
 
@@ -62,8 +62,8 @@ class Answer:
             async for chunk in body:
                 yield chunk
         except GeneratorExit:
-            # httpx's body is a chain of generators, and closing the outermost leaves the others to the
-            # garbage collector. Reading on from the closed answer ends them all, without any I/O.
+            # httpx's body is a chain of generators. Closing the outermost would leave the others to the garbage
+            # collector; reading on from the closed answer ends them all, without any I/O.
             with trio.CancelScope(shield=True):
                 await self._raw.aclose()
                 with suppress(httpx.HTTPError, httpx.StreamError):
@@ -80,9 +80,9 @@ class Answer:
 class Connections:
     """Connections to any number of servers. For many tasks of one trio run; `aclose()` it.
 
-    `insecure`: certificates are not verified, and clients allow plain http to any host. A connection pool for each
-    scheme, proxy and set of certificate files is made when it is first needed: loading the system's CAs takes tens of
-    milliseconds, so plain http must not pay for it. This host's files bound their number.
+    `insecure`: certificates are not verified, and clients allow plain http to any host. There is a connection pool for
+    each scheme, proxy and set of certificate files; this host's files bound their number. A pool is made when it is
+    first needed, because loading the system's CAs takes tens of milliseconds, which plain http must not pay.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class Connections:
         self, method: str, url: str, headers: Mapping[str, str], content: bytes | None, silence_s: float
     ) -> Answer:
         """One request, up to the answer's headers. Raises Failed. `silence_s`: how long the server may be silent, now
-        and in the body; the whole is bounded by the caller."""
-        # pool=None: only our slots make anybody wait.
+        and in the body; the caller bounds the whole."""
+        # pool=None: only our slots make a request wait.
         silence = httpx.Timeout(silence_s, connect=min(CONNECT_TIMEOUT_S, silence_s), pool=None)
         try:
             request = httpx.Request(
@@ -159,7 +159,7 @@ class Connections:
         return tuple(found)
 
     def _tls_context(self, files: tuple[str, ...]) -> ssl.SSLContext:
-        """Blocking. Trust the system's CAs, `ca_files` and *.crt; *.cert with its *.key is what we show."""
+        """Blocking. Trusts the system's CAs, `ca_files` and *.crt; presents *.cert with its *.key."""
         context = ssl.create_default_context()
         if self.insecure:
             context.check_hostname = False
@@ -184,7 +184,7 @@ def _transport(context: ssl.SSLContext, proxy: str | None) -> httpx.AsyncHTTPTra
 
 
 def preload() -> None:
-    """Imports what the first request would import, for a daemon that has nothing else to do."""
+    """Imports what the first request would import; for a daemon that is idle."""
     _transport(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), None)
 
 

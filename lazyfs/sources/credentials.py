@@ -20,7 +20,7 @@ import trio
 
 from lazyfs.errors import HostError, UserError
 
-HELPER_DEADLINE_S = 30.0  # a helper may ask a key ring or a cloud; longer means it waits for nobody
+HELPER_DEADLINE_S = 30.0  # a helper may ask a key ring or a cloud; one that takes longer hangs
 MAX_AUTH_FILE_BYTES = 1 << 20
 MAX_HELPER_ANSWER_BYTES = 1 << 20
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"
@@ -71,7 +71,7 @@ async def find_credentials(
     """The credentials for `registry`/`repository`, from the first file that has some; None = anonymous.
 
     Per file: credHelpers, then credsStore, then auths (as docker does), the most specific namespace first.
-    `auth_files` None means the usual places of `environ` (default: this process's), which helpers get, too.
+    `auth_files` None means the usual places of `environ` (default: this process's). Helpers get `environ`, too.
     Raises UserError (malformed file, failing helper) or HostError (unreadable file).
     """
     environ = os.environ if environ is None else environ

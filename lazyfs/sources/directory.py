@@ -1,4 +1,4 @@
-"""A directory that is read and written by name, and never left: no symbolic link below it is followed."""
+"""A directory, read and written by name. No symbolic link below it is followed, so none leads out of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lazyfs.errors import HostError, ImageError, NotFound, UserError
 
 
 class Directory:
-    """All methods block and may be called from any thread; names are relative, with "/" between their parts, and come
-    from the caller. `what` names the directory in messages. `close()` it.
+    """All methods block and may be called from any thread. Names are relative, with "/" between their parts; the caller
+    vouches for them. `what` names the directory in messages. `close()` it.
 
     Reading raises NotFound (no such file), ImageError (not a regular file, or shorter than needed) and HostError.
     """
@@ -87,7 +87,7 @@ class Directory:
         try:
             for part in folders:
                 at = _enter(at, part)
-            # Non-blocking: a FIFO in the place of a file must not hang us.
+            # Non-blocking: opening a FIFO in place of a file must not hang.
             file = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
         except FileNotFoundError:
             raise NotFound(f"{self._what}: {name} is missing", "was all of it copied?") from None
@@ -110,7 +110,7 @@ class Directory:
 
 
 def _enter(at: int, name: str) -> int:
-    """The directory `name` in `at`, which is closed; on OSError it stays open."""
+    """Opens the directory `name` in `at`, and closes `at`, but not on OSError."""
     below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
     os.close(at)
     return below

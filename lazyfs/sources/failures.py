@@ -1,4 +1,4 @@
-"""What becomes of a failed HTTP request: whose fault it is, and whether and when to try again."""
+"""Failed HTTP requests: whose fault it is, and whether and when to try again."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from lazyfs.sources.transfer import PATIENCE_S, TransferCounters
 from lazyfs.sources.urls import is_loopback, led_to, origin, redact, retry_after_s
 
 MAX_ERROR_BODY_BYTES = 64 << 10
-MAX_RETRY_AFTER_S = 60.0  # a server that wants more is answered with an error, not with waiting
+MAX_RETRY_AFTER_S = 60.0  # a longer Retry-After is an error at once
 TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -153,7 +153,7 @@ class HttpClient:
                 failed = error
             delay_s = self.retry.delay_s(tried) if failed.wait_s is None else failed.wait_s
             left_s = trio.current_effective_deadline() - trio.current_time()
-            # Waiting longer than the caller would only turn a telling error into a time-out.
+            # Waiting beyond the caller's deadline would only turn a telling error into a time-out.
             if not failed.temporary or tried >= attempts or delay_s > min(left_s, MAX_RETRY_AFTER_S):
                 times = f" ({tried} attempts)" if tried > 1 else ""
                 raise RemoteError(
@@ -209,14 +209,14 @@ class HttpClient:
     @staticmethod
     def _redirect_target(method: str, answer: Answer) -> str | None:
         location = answer.headers.get("Location")
-        # 301-303 turn other methods into GET, which no upload survives: those answers go to the caller.
+        # 301-303 turn other methods into GET, which would lose an upload: the caller gets those answers.
         followed = (301, 302, 303, 307, 308) if method in ("GET", "HEAD") else (307, 308)
         if answer.status not in followed or location is None:
             return None
         return led_to(answer.url, location, answer.peer)
 
     async def _refuse_temporary(self, method: str, answer: Answer) -> None:
-        """Turn an answer that may be better next time into Failed."""
+        """Raises Failed for an answer that may be another one next time."""
         status = answer.status
         if status not in TEMPORARY_STATUS:
             return
@@ -237,11 +237,11 @@ class HttpClient:
             raise RemoteError(f"GET {redact(answer.url)}: {failed.problem}", failed.hint) from None
 
     async def _read_body(self, method: str, answer: Answer, limit_bytes: int) -> bytes:
-        """The body, at most `limit_bytes`; of an error answer as much of its beginning as can be had."""
+        """The body, at most `limit_bytes`. Of an error's body, as much of its beginning as arrives."""
         length = answer.headers.get("Content-Length", "")
         ok = answer.status < 300
         if method == "HEAD":
-            length = ""  # of the body that GET would have; reading the empty one keeps the connection usable
+            length = ""  # it is that of GET's body; reading the empty one keeps the connection usable
         if ok and length.isascii() and length.isdigit() and int(length[:20]) > limit_bytes:
             raise self._too_large(answer, limit_bytes)
         pieces: list[bytes] = []

@@ -27,7 +27,7 @@ MAX_LAYOUT_FILE_BYTES = 4096  # the oci-layout file holds one short object
 
 
 class Layout(abc.ABC):
-    """What both kinds share: finding manifests by way of index.json."""
+    """What both kinds share: they find manifests by index.json."""
 
     what: str
 
@@ -100,7 +100,7 @@ def _names(descriptors: tuple[Descriptor, ...] | list[Descriptor]) -> str:
 
 
 class DirectoryLayout(Layout):
-    """A layout directory. Implements `lazyfs.source.Source`. Counters count reads as requests."""
+    """A layout directory. Implements `Source`. Counters count reads as requests."""
 
     def __init__(self, reference: DirectoryReference) -> None:
         self.what = f"oci:{reference.path}"

@@ -1,7 +1,7 @@
 """A repository in a registry as a source: pulling, pushing and attaching by the OCI distribution API.
 
-Where a registry redirects blobs to a blob store, the store is asked directly from then on, until it refuses
-(signed URLs expire).
+If a registry redirects a blob to a blob store, the store is asked directly from then on, until it refuses because the
+signed URL has expired.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Registry:
     async def manifest(self, reference: str) -> tuple[bytes, str]:
         """The manifest or index named by tag or digest: its bytes as stored, and its media type.
 
-        Verified if asked for by digest (ImageError). Otherwise hash the bytes: no header is trusted for that.
+        Verified if asked for by digest (ImageError). Otherwise the caller hashes the bytes; no header is trusted.
         """
         what = f"{self._api.name}{'@' if is_digest(reference) else ':'}{reference}"
         for _ in range(2):
@@ -193,9 +193,9 @@ class Registry:
     async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Push an artifact manifest whose subject is `subject`; returns its digest.
 
-        If the registry does not keep track of subjects, the fallback tag is updated, one attachment after the other;
-        an update by somebody else in between is noticed by reading it again, unless it comes later still (there is
-        no atomic one). Its blobs must have been pushed.
+        The artifact's blobs must have been pushed. If the registry does not know subjects, the fallback tag is updated,
+        one attachment after the other. There is no atomic update: reading the tag again finds out whether somebody else
+        changed it in between, but not afterwards.
         """
         own = listed_as(manifest, subject)
         digest, answer = await self._put_manifest(manifest, own.media_type, None)
@@ -218,7 +218,7 @@ class Registry:
 
 
 class _Place:
-    """Where a blob is (blobs.Locator): at the API, or where that redirected to last time, by `places`."""
+    """Where a blob is (blobs.Locator): at the API, or where the API redirected last time, according to `places`."""
 
     def __init__(self, api: RegistryApi, places: dict[str, str], digest: str) -> None:
         digests.parse_digest(digest)

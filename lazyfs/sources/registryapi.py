@@ -41,10 +41,10 @@ class RegistryApi:
         self._connecting = trio.Lock()
 
     async def connect(self) -> str:
-        """Find the scheme once; returns "scheme://host".
+        """Finds the scheme once; returns "scheme://host".
 
-        https, except for hosts where plain http is allowed: this machine (asked by http first, since making a
-        TLS context takes longer than asking) and any with `insecure` (https first).
+        It is https, except where plain http is allowed: on this machine (tried by http first, because that is faster
+        than making a TLS context), and on any host with `insecure` (tried by https first).
         """
         if self._base:
             return self._base

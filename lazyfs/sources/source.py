@@ -19,11 +19,11 @@ __all__ = ["Source", "Sources", "TransferCounters", "open_source"]
 
 
 class Source(Protocol):
-    """A repository or layout. Used by many tasks of one trio run. tests/sources/test_contract.py holds all kinds to it.
+    """A repository or layout. Used by many tasks of one trio run. tests/sources/test_contract.py tests all kinds.
 
-    Raises NotFound (is not there), RemoteError (cannot be had), ImageError (is not what its digest or size says, or
-    the digest is none), HostError, UserError (also: writing to what is read-only). Retries are inside, bounded by
-    the caller's deadline: give each operation one. A cancelled operation leaves the source usable.
+    Raises NotFound (it is not there), RemoteError (it cannot be fetched), ImageError (it does not have the digest or
+    size, or the digest is none), HostError, UserError (also: it is read-only). Operations retry within the caller's
+    deadline, so give each one a deadline. A cancelled operation leaves the source usable.
     """
 
     counters: TransferCounters
@@ -62,8 +62,8 @@ def open_source(
     """The source for a reference. No I/O except opening a layout's directory (UserError). `aclose()` it.
 
     `connections`: those to use; they stay open. By default the source has its own. `patience_s`: a server that is
-    silent for so long is asked again on a new connection. The HTTP stack is imported only for those who need it: it
-    costs more than opening a local layout.
+    silent for so long is asked again on a new connection. The HTTP stack is imported only for sources that need it,
+    because importing it costs more than opening a local layout.
     """
     if isinstance(reference, DirectoryReference):
         from lazyfs.sources.layout import DirectoryLayout

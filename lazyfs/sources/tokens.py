@@ -77,10 +77,10 @@ class Authorizer:
         return await self.renew(actions, grant.header, None)
 
     async def renew(self, actions: str, used: str | None, refusal: Response | StreamResponse | None) -> str:
-        """A new header after the registry itself refused `used` with this answer, or (None) as it expires.
+        """A new header, because the registry itself refused `used` with this answer, or (None) because it expires.
 
-        Many requests may meet the 401 at once: the first fetches, the others get what it fetched. RemoteError
-        (not temporary) if access is denied.
+        Many requests may get a 401 at once: the first fetches a token, the others get the same one. RemoteError (not
+        temporary) if access is denied.
         """
         async with self._lock:
             grant = self._grants.get(actions)
@@ -166,7 +166,7 @@ class Authorizer:
         return _parse_token(answer.body, redact(realm))
 
     def _scope(self, asked: str, actions: str) -> str:
-        """What the registry asked for, and `actions`: it answers the HEAD before a push with "pull"."""
+        """The scope that the registry asked for, and `actions`: to the HEAD before a push it asks for "pull" only."""
         prefix = f"repository:{self._repository}:"
         if not asked or (asked.startswith(prefix) and " " not in asked):
             wanted = {*actions.split(","), *asked.removeprefix(prefix).split(",")} - {""}
@@ -201,7 +201,7 @@ def _parse_token(raw: bytes, who: str) -> _Grant:
     life_s = document.get("expires_in")
     if isinstance(life_s, bool) or not isinstance(life_s, int | float) or not 0 < life_s <= MAX_LIFE_S:
         life_s = DEFAULT_LIFE_S
-    # Renew a little early (a fifth, at most 10 s), so that it does not expire on the way. The local clock
-    # counts from now, since the server's clock may differ.
+    # Renew a little early (a fifth, at most 10 s), so that it does not expire in flight. Its life is counted from now
+    # by the local clock, because the server's clock may differ.
     renew_at_s = trio.current_time() + life_s - min(10.0, life_s / 5)
     return _Grant(_bearer_header(document.get("token") or document.get("access_token"), who), renew_at_s)

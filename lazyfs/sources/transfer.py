@@ -1,4 +1,4 @@
-"""Values that sources of blobs and their users share; light to import."""
+"""Values that sources and their users share; light to import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PATIENCE_S = 30.0  # of silence, not for the whole answer: the caller bounds tha
 
 @dataclass
 class TransferCounters:
-    """What a source has done so far. `bytes_fetched` are bytes of answers' bodies, also of wasted ones."""
+    """What a source has done so far. `bytes_fetched`: of answers' bodies, wasted ones included."""
 
     requests: int = 0
     bytes_fetched: int = 0

@@ -40,7 +40,7 @@ def origin(url: str) -> tuple[str, str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` (no port; brackets allowed) can only be this machine, so that plain http to it is safe."""
+    """Whether `host` (no port; brackets allowed) is certainly this machine, so that plain http to it is safe."""
     if host.lower() == "localhost":
         return True
     try:
@@ -81,14 +81,14 @@ def may_lead(from_url: str, to_url: str, peer: str = "") -> str | None:
     - https does not lead to http: what follows could be read and changed on the way.
     - A server leads to its own host, and no further in than it stands itself (`Reach`): one on the internet not
       to private networks, one on a private network neither to link-local addresses (cloud metadata) nor to this
-      machine; one on this machine anywhere. Otherwise it could make us act in our name where it cannot reach.
+      machine; one on this machine anywhere. Otherwise it could use us to reach what it cannot reach itself.
 
-    `peer` is the address that answered, "" if not known (a proxy was in between); then a literal address in
-    `from_url` counts, and a name passes for one on a private network. In `to_url` literal addresses count in every
-    form that resolvers take, and the names of this machine. Other names are not resolved: one that leads to
-    127.0.0.1, or does so the second time (DNS rebinding), is not found out.
+    `peer` is the address that answered, "" if not known because a proxy was in between. Then a literal address in
+    `from_url` counts, and a name counts as a private network. In `to_url` the names of this machine count, and literal
+    addresses in every form that resolvers take. Other names are not resolved: a name that leads to 127.0.0.1, at once
+    or the second time (DNS rebinding), is not noticed.
 
-    Whether credentials go along is decided apart: only to the `origin()` they are meant for.
+    Whether credentials are sent along is decided elsewhere: only to the `origin()` they are meant for.
     """
     try:
         from_scheme, from_host, _ = origin(from_url)
@@ -118,9 +118,9 @@ def may_lead(from_url: str, to_url: str, peer: str = "") -> str | None:
 
 
 def led_to(from_url: str, location: str, peer: str = "") -> str:
-    """The absolute URL that a Location header means, without fragment. RemoteError if it `may_lead` nowhere.
+    """The absolute URL that a Location header means, without fragment. RemoteError if `may_lead` forbids it.
 
-    A server behind a proxy that ends TLS for it may take itself for plain http: its own address is asked by https.
+    A server behind a proxy that terminates TLS may name itself by plain http: its own address is asked by https.
     """
     try:
         url = urllib.parse.urldefrag(urllib.parse.urljoin(from_url, location)).url

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class WebLayout(Layout):
-    """A layout behind a web server. Implements `lazyfs.source.Source`; read-only."""
+    """A layout behind a web server. Implements `Source`; read-only."""
 
     def __init__(self, reference: WebReference, http: HttpClient) -> None:
         self.what = f"oci+{reference.url}"
@@ -73,7 +73,7 @@ class WebLayout(Layout):
 
 
 class _WebPlace:
-    """Where a blob of a web layout is (download.Locator)."""
+    """Where a blob of a web layout is (blobs.Locator)."""
 
     def __init__(self, layout: WebLayout, digest: str) -> None:
         self.what = f"blob {digest} of {layout.what}"
