@@ -35,9 +35,6 @@ class DaemonGone(HostError):
     """Nobody listens, or the connection ended before the answer."""
 
 
-# -- client's side ---------------------------------------------------------------------------------------
-
-
 def error_from(reply: Mapping[str, Any]) -> LazyfsError:
     """The error that the daemon reported. A malformed one is a ProtocolError (returned, not raised)."""
     value = reply.get("error")
@@ -50,7 +47,7 @@ def error_from(reply: Mapping[str, Any]) -> LazyfsError:
 
 
 class Connection:
-    """A blocking connection to a daemon. Owns its socket and the descriptors received and not yet taken."""
+    """A blocking connection to a daemon. Owns its socket, and received descriptors until they are taken."""
 
     def __init__(self, connection: Socket) -> None:
         self._socket = connection
@@ -77,7 +74,7 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Idempotent. Descriptors that nobody took are closed too: the daemon's mount then ends."""
+        """Idempotent. Closes descriptors that nobody took, too, so that a detached mount ends."""
         self._socket.close()
         while self._fds:
             os.close(self._fds.pop())
@@ -89,7 +86,7 @@ class Connection:
         return peer_pid(self._socket)
 
     def take_fd(self) -> int:
-        """The descriptor that came with the last reply; the caller's from now on. Raises ProtocolError."""
+        """The descriptor that came with the last reply; the caller owns it now. Raises ProtocolError."""
         if not self._fds:
             raise ProtocolError("the daemon sent no descriptor with its reply", "see its daemon.log")
         return self._fds.pop(0)
@@ -136,13 +133,13 @@ class Connection:
         silence_s: float = 10.0,
         on_progress: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
-        """Sends a request and returns its final reply ("ok" or "needs_index"). `silence_s` bounds the time
-        between two messages: a daemon that works says so. Raises what the daemon reports, as its own kind."""
+        """Sends a request and returns its final reply ("ok" or "needs_index"). `silence_s` bounds the time between two
+        messages: a working daemon sends progress. Raises the error that the daemon reports, as its own class."""
         self.send(message)
         return self.answer(silence_s, on_progress)
 
     def answer(self, silence_s: float, on_progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-        """The second half of `ask`, for who has something to do while the daemon works."""
+        """The second half of `ask`, for callers that do something else while the daemon works."""
         while True:
             reply = self.receive(silence_s)
             if "progress" in reply:

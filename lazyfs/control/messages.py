@@ -5,35 +5,35 @@ One request a line, answered by any number of ``{"progress": text}`` lines and t
     {"ok": true, ...}                                    with fields of the operation (replies.py); for "lease" one
                                                          descriptor comes with it
     {"needs_index": true, "manifest_digest", "reasons"}  the image has no index yet: build one, ask again. "reasons":
-                                                         why those that are attached were passed over
+                                                         why attached ones were passed over
     {"error": {"kind", "code", "message", "hint"}}       kind: user, remote, image or host; code: LazyfsError.code,
-                                                         more exact (an older daemon sends none, a newer one
-                                                         perhaps others: then the kind counts)
+                                                         more exact. The kind counts if there is no code (an older
+                                                         daemon) or an unknown one (a newer daemon)
 
 Requests (control/requests.py: a record and a parser for each, control/replies.py: the fields of its answer):
 
     {"op": "lease", "image", "access": {...}, "timeout_s", "push_index"}
-        A lease of the image: the daemon keeps it until this connection ends. "access" is sources/access.py's record;
-        "push_index": the client makes a missing index, since it pushes it.
+        A lease of the image, until this connection ends. "access" is the record of sources/access.py. "push_index":
+        the client makes a missing index itself, because it pushes it.
     {"op": "fuse_mount", "image", "access", "timeout_s", "push_index", "target", "allow_other", "exec"}
-        The same, said to a ``lazyfs.daemon.fuseworker`` process over the socket pair it is started with; it mounts
-        at `target` itself and sends no descriptor.
+        The same, sent to a ``lazyfs.daemon.fuseworker`` process over the socket pair it is started with. It mounts at
+        `target` itself and sends no descriptor.
     {"op": "attached", "attached": {"dev": "MAJ:MIN", "target", "ephemeral_upper": path or null, "image_dev"}}
-        The client has attached a mount of the image: it lives by that now, no more by the connection. `dev` is the
-        device of what lies at the target: the overlay's if there is one, over that of the image, `image_dev`.
-        `ephemeral_upper` is removed when `dev` has gone.
+        The client has attached a mount of the image, which from now on holds the image in place of the connection.
+        `dev`: the device at the target: the overlay's, if there is one; `image_dev`: the device of the image's own file
+        system. `ephemeral_upper` is removed when `dev` has gone.
     {"op": "hold", "name", "dev"}, {"op": "release", "name"}
-        A lease by name, of an image that is mounted or leased: it needs no target and no connection, and outlives the
-        daemon's worker. `dev` is one that "lease" or "list" gave. A name is held once: to hold it again moves it.
+        A lease by name of an image that is mounted or leased. It needs neither target nor connection, and outlives the
+        daemon's worker. `dev`: as "lease" or "list" gave it. A name holds one image: holding again moves it.
     {"op": "stats", "dev": "MAJ:MIN"}, {"op": "list"}, {"op": "ping"}, {"op": "upgrade"}, {"op": "stop"}
-        "stats" takes the "dev" of an image or of a target, and answers an `Entry` with the counters of its image
+        "stats" takes the "dev" of an image or of a target. It answers with an `Entry` and the counters of its image
         (serving/image.py).
 
-A daemon runs on when its package is replaced, so client and daemon may differ in version. What either does not know is
-refused where it may be meant seriously: an operation, and any key of "lease" and "fuse_mount", whose form is therefore
-changed by another name only. ("mount" was a lease whose access was said otherwise.)
+A daemon runs on when its package is replaced, so client and daemon may differ in version. Either refuses what it does
+not know if that may be meant seriously: an operation, and any key of "lease" and "fuse_mount". So a change of the form
+of these needs another name. ("mount" was a lease with access in another form.)
 
-The light `mount` client imports this module: standard library only, and no records, which cost a start 0.1 ms each.
+The light `mount` client imports this module: standard library only, and no records, each of which costs 0.1 ms.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Dev = tuple[int, int]  # major and minor number of a file system
 
 
 class ProtocolError(HostError):
-    """The other side said something that is not in the protocol."""
+    """The other side broke the protocol."""
 
 
 def encode(message: Mapping[str, Any], limit_bytes: int = MAX_REPLY_BYTES) -> bytes:
@@ -132,7 +132,7 @@ def format_dev(dev: Dev) -> str:
 
 def parse_timeout(value: object) -> float:
     """Seconds, within the bounds that hold everywhere. Raises ProtocolError."""
-    # Compared, not converted: an integer of a thousand digits has no float.
+    # Compared before it is converted: an integer of a thousand digits has no float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_TIMEOUT_S <= value <= MAX_TIMEOUT_S:
         raise ProtocolError("control request: timeout_s is not a number of seconds from 0.1 to a day")
     return float(value)

@@ -1,4 +1,4 @@
-"""Questions to whatever daemons of this user run: who serves a mount, what is mounted, how is it doing."""
+"""Questions to the running daemons of this user: who serves a mount, what is mounted, with which counters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Serving(NamedTuple):
 
 
 def lazyfs_mount(target: str) -> MountEntry | None:
-    """The mount at `target` if it is one of lazyfs, by its own marks in mountinfo: a daemon need not live."""
+    """The mount at `target` if it is one of lazyfs, as mountinfo shows it: no daemon need live."""
     entry = mount_at(target)
     if entry is None:
         return None

@@ -36,7 +36,7 @@ COUNTERS = (  # of serving/image.py
     "bytes_read", "memory_bytes",
 )  # fmt: skip
 
-# The fields of "ok" replies beside "ok" itself; "mounts" of "list" are entries, of others their number.
+# The fields of "ok" replies, besides "ok" itself. "mounts" is a list of entries in "list", else their number.
 REPLIES: dict[str, tuple[str, ...]] = {
     "lease": ("manifest_digest", "image", "joined", "dev"),
     "fuse_mount": ("manifest_digest", "image", "joined", "dev"),

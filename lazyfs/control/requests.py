@@ -29,8 +29,8 @@ class FuseMount(NamedTuple):
 
 
 class Attached(NamedTuple):
-    """Where a mount was attached. `image_dev`: the EROFS or FUSE file system below, where `dev` may be an
-    overlay's."""
+    """Where a mount was attached. `dev`: what lies there, perhaps an overlay; `image_dev`: the EROFS or FUSE file
+    system below it."""
 
     dev: Dev
     target: str
@@ -146,7 +146,7 @@ def _name(message: Mapping[str, Any]) -> str:
     return _text(message.get("name"), "name", MAX_NAME_CHARACTERS)
 
 
-# What a request is called, what becomes of it, and how it is read.
+# Name of a request -> its record and its parser.
 OPERATIONS: dict[str, tuple[type[Request], Callable[[Mapping[str, Any]], Request]]] = {
     "lease": (Mount, _mount),
     "fuse_mount": (FuseMount, _fuse_mount),

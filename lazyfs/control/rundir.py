@@ -1,7 +1,6 @@
-"""Where things lie: cache and runtime directories, private to their user.
+"""Runtime directories, private to their user: sockets and log of the daemon of one cache.
 
-    cache     root: /var/cache/lazyfs     others: ${XDG_CACHE_HOME:-~/.cache}/lazyfs
-    runtime   root: /run/lazyfs/KEY       others: $XDG_RUNTIME_DIR/lazyfs/KEY or /tmp/lazyfs-UID/KEY
+    root: /run/lazyfs/KEY       others: $XDG_RUNTIME_DIR/lazyfs/KEY or /tmp/lazyfs-UID/KEY
 
 KEY is the beginning of the sha256 of the cache's real path: one daemon, so one socket, per cache.
 """
@@ -72,8 +71,8 @@ def fuse_sockets(runtime: str) -> Iterator[str]:
 
 
 def remove_dead_socket(path: str) -> None:
-    """Removes the socket ``fuse-PID.sock``, which nobody listens at, if process PID was killed. (Otherwise it
-    may be just starting.)"""
+    """Removes the socket ``fuse-PID.sock``, at which nobody listens, if process PID was killed. If it lives, it may be
+    starting."""
     pid = os.path.basename(path).removeprefix("fuse-").removesuffix(".sock")
     if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
         try:  # noqa: SIM105 - contextlib takes 2 ms to import

@@ -19,8 +19,8 @@ from lazyfs.system.sockets import send_fds
 
 log = logging.getLogger("lazyfs.control")
 
-# A client that says nothing for this long, or does not read its answer, is dropped. Between "lease" and "attached" it
-# has an overlay to build and a file system to attach.
+# A client that is silent for this long, or does not read its answer, is dropped. Between "lease" and "attached" it
+# makes an overlay and attaches a file system.
 _PATIENCE_S = 60.0
 _MAX_CLIENTS = 64
 
@@ -36,12 +36,12 @@ class ControlStream:
         self._leases: dict[Hashable, Callable[[], None]] = {}
 
     def keep(self, key: Hashable, release: Callable[[], None]) -> None:
-        """Has `release` called once, when the connection ends or by `release(key)`."""
+        """Calls `release` once: when the connection ends, or by `release(key)`."""
         self.release(key)
         self._leases[key] = release
 
     def release(self, key: Hashable) -> None:
-        """Nothing happens if nothing is kept under `key`."""
+        """Ends the lease `key`, if there is one."""
         if release := self._leases.pop(key, None):
             release()
 
@@ -79,7 +79,7 @@ class ControlStream:
 
 
 class Reply(NamedTuple):
-    """One final line, the descriptors that go with it (closed once it is sent), and what to do then."""
+    """One final line, the descriptors that go with it (closed once it is sent), and what to do after that."""
 
     line: bytes
     fds: tuple[int, ...] = ()
@@ -96,7 +96,8 @@ Handlers = Mapping[type[Request], Handler]
 
 
 class Service:
-    """Who answers, and what. `name` does not do what has no handler; `hint` says who does."""
+    """Who answers, and what. `name` and `hint` are for the refusal of requests without a handler: who does not answer
+    them, and who does."""
 
     def __init__(self, name: str, handlers: Handlers, hint: str = "") -> None:
         self.name = name

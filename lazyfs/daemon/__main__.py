@@ -1,4 +1,4 @@
-"""`python -m lazyfs.daemon`: the worker. Its name stays: at an upgrade, a keeper of an older version starts it."""
+"""`python -m lazyfs.daemon`: the worker. The name must not change: at an upgrade, an older keeper starts it."""
 
 from __future__ import annotations
 

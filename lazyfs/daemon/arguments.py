@@ -6,8 +6,8 @@ from lazyfs.errors import UserError
 
 
 def parse_arguments(arguments: list[str]) -> dict[str, str]:
-    """{"cache": ..., "runtime": ..., ...}. By hand: argparse costs more memory than all the rest of the keeper. What
-    follows "--" is for ps(1). Raises UserError."""
+    """{"cache": ..., "runtime": ..., ...}. Parsed by hand, because argparse takes more memory than all the rest of the
+    keeper. What follows "--" is for ps(1). Raises UserError."""
     options: dict[str, str] = {}
     words = iter(arguments)
     for word in words:

@@ -1,4 +1,4 @@
-"""Where a fuse process' file system is attached, and what it answers its clients (control/messages.py)."""
+"""Where the file system of a fuse process is attached, and how the process answers clients (control/messages.py)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Attachments:
         self._uppers = HeldUppers(cache)
 
     def add(self, attached: Attached) -> None:
-        """Raises UserError for an upper directory that is not the cache's: it would be removed in the end."""
+        """Raises UserError for an upper directory outside the cache, because it would be removed in the end."""
         if attached.ephemeral_upper is not None:
             self._uppers.hold(attached.ephemeral_upper)
         place = (attached.dev, attached.target)
         self._reports[place] = _Report(attached, place in _visible())
 
     def targets(self) -> list[Attached]:
-        """Those that are still there. One in another mount namespace counts as there."""
+        """Those that are still attached. One in another mount namespace counts as attached."""
         if any(report.was_visible for report in self._reports.values()):
             visible = _visible()
             for place, report in list(self._reports.items()):
@@ -55,8 +55,8 @@ class Attachments:
         return dev == self.dev or any(place[0] == dev for place in self._reports)
 
     def let_go_of_uppers(self) -> None:
-        """Gives up the upper directories, and removes what nobody holds. Only once the connection has ended: an overlay
-        that was unmounted lazily may live on unseen."""
+        """Releases the upper directories, and removes those that nobody holds. Call it only once the connection has
+        ended: an overlay that was unmounted lazily may live on unseen."""
         self._uppers.release_all()
         sweep(self.cache)
 
@@ -69,8 +69,8 @@ def _visible() -> set[Place]:
 
 
 class FuseRequests:
-    """The handlers of a fuse process. `entry`: what it serves, but for its targets; `counters`: what "stats" adds to
-    that; `stop` is set when a client wants it to end."""
+    """The handlers of a fuse process. `entry`: what it serves, without targets; `counters`: what "stats" adds; `stop`:
+    set when a client asks the process to end."""
 
     def __init__(
         self,

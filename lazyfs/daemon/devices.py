@@ -1,6 +1,6 @@
-"""The layer devices of a daemon, which outlive their image's being open: a read of one that was let go opens it again.
+"""The layer devices of a daemon. They outlive the opening of their image: a read of a released device opens it again.
 
-Nothing tells a daemon which private mount namespaces still use a root that vanished from mountinfo, so any device may
+A daemon cannot find out which private mount namespaces still use a root that vanished from mountinfo, so any device may
 be read again.
 """
 
@@ -23,8 +23,8 @@ from lazyfs.serving.store import ImageStore
 
 
 class DeviceTable:
-    """All devices by node id, for the FUSE server. Changed by the trio thread; reader threads only look things up
-    (single look-ups in a dict are atomic)."""
+    """All devices by node id, for the FUSE server. Only the trio thread changes it; reader threads look up single keys,
+    which is atomic."""
 
     def __init__(self, store: ImageStore) -> None:
         self._store = store
@@ -44,7 +44,7 @@ class DeviceTable:
         return [device.content_root for device in list(self._open.values())]
 
     def released(self) -> list[ReleasedLayer]:
-        """All that were ever let go: for the state."""
+        """All layers that were ever released, for the state."""
         return list(self._released.values())
 
     def add(self, image: Image) -> None:
@@ -55,7 +55,7 @@ class DeviceTable:
                 raise Unsupported("two layers have the same node id", "mount the image with backend=fuse")
 
     def release(self, layers: Iterable[ReleasedLayer], used: Collection[str]) -> None:
-        """Their image is about to be closed; `used`: content roots that other images have as well."""
+        """Called before the image of these layers is closed. `used`: content roots that other open images have, too."""
         for layer in layers:
             if layer.content_root not in used:
                 node = node_of(layer.content_root)
@@ -63,12 +63,12 @@ class DeviceTable:
                 self._open.pop(node, None)
 
     def remember(self, layers: Iterable[ReleasedLayer]) -> None:
-        """Devices that a predecessor let go, or whose image it had open and we have not."""
+        """Adds devices that a predecessor released, or whose image it had open and this process has not."""
         for layer in layers:
             self._released.setdefault(node_of(layer.content_root), layer)
 
     async def revive(self, content_root: str) -> DataDevice:
-        """Opens the image of a device that was let go. It then stays open as long as the daemon lives."""
+        """Opens the image of a released device. The image then stays open as long as the daemon lives."""
         node = node_of(content_root)
         if node not in self._open:
             old = self._released[node]
@@ -85,7 +85,7 @@ class DeviceTable:
 
 
 class ReleasedDevice:
-    """Stands for a device that was let go; the first read opens its image again."""
+    """Stands for a released device; the first read opens its image again."""
 
     def __init__(self, table: DeviceTable, released: ReleasedLayer) -> None:
         self._table = table
@@ -106,7 +106,7 @@ class ReleasedDevice:
 
 
 class OpenDevice:
-    """A device whose image is open. Should that be let go during a read, the read opens it again."""
+    """A device whose image is open. If the image is released during a read, the read opens it again."""
 
     def __init__(self, table: DeviceTable, data: DataDevice) -> None:
         self._table = table

@@ -5,11 +5,11 @@
 1. It reads one "fuse_mount" request (control/messages.py) from socket N, opens the image, mounts it at the request's
    target and answers once the kernel's FUSE_INIT was answered, so that the mount is usable.
 2. It waits for an "attached" request on the same socket. If that ends first, the mount is dropped.
-3. It serves until nothing uses the mount any more, however that came about: umount, fusermount3 -u, the last
-   clone gone. SIGTERM, or "stop" on its own socket <runtime>/fuse-<pid>.sock, unmounts lazily; who still
-   uses files then has DRAIN_S to finish.
+3. It serves until nothing uses the mount any more, for whatever reason: umount, fusermount3 -u, the end of the last
+   clone. SIGTERM, or "stop" on its own socket <runtime>/fuse-<pid>.sock, unmounts lazily; users of open files then
+   have DRAIN_S to finish.
 
-IMAGE and TARGET are there for ps(1). Who starts it gives it its session, its working directory and the log.
+IMAGE and TARGET are there for ps(1). The process that starts it gives it its session and the log.
 """
 
 from __future__ import annotations
@@ -55,18 +55,13 @@ REQUEST_S = 30.0  # for the request to arrive; it is sent right after the start
 INIT_S = 30.0  # for the kernel's FUSE_INIT; it comes within a millisecond
 ATTACH_S = 120.0  # for the client to attach the mount: an overlay may have to be made
 DRAIN_S = 5.0  # from a lazy unmount to the end of the connection
-# One request carries at most 1 MiB. Measured on 2 cores with the layer in the page cache, 128 -> 1024 KiB:
-# 500 MB in sequence 512 -> 1,500-3,000 MB/s; cold python3 reads 17 -> 21 MB in 299 -> 169 requests,
-# node 43 -> 55 MB in 617 -> 155, and both start a fifth sooner. 4096 KiB only makes node read 67 MB.
-# Over a network a saved request is worth more still. Small files do not care: `find` over 10,000 of them
-# takes 0.12 s cold, `cat` 2.5 s cold (open, read, release: 80 us each) and 1.5 s warm.
+# One request carries at most 1 MiB. Programs start a fifth sooner than with the kernel's 128 KiB, by half as many
+# requests (docs/MEASUREMENTS.md, "daemon").
 READ_AHEAD_KIB = 1024
-# With the kernel's 12, just 12 of 200 reads reach us while they wait for data. (The process has 31 MB with
-# 200 of them waiting, as much as when idle.)
+# With the kernel's 12, reads of cached data queue behind 12 reads that wait for the network.
 MAX_BACKGROUND = 1024
-# A read(2) on /dev/fuse that finds nothing blocks the whole process, and libfuse reads when it was readable.
-# If the caller of the only request was killed meanwhile, nothing is left to read. A signal ends that wait.
-# (tests/daemon/test_fuse_root.py provokes it in half of its tries; without the signal all then stands still.)
+# libfuse reads /dev/fuse once it is readable. If the caller of the only request is killed in between, nothing is left
+# to read, and read(2) blocks the whole process. A signal ends that wait (tests/daemon/test_fuse_root.py provokes it).
 WAKE_S = 1.0
 
 
@@ -93,7 +88,7 @@ async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | 
     from lazyfs.cache.directory import CacheDirectory
     from lazyfs.serving.store import ImageStore
 
-    # The client started this process for this image, so all of its environment is here already: helpers get it whole.
+    # The client started this process for this image, so it has the client's environment, and helpers get all of it.
     access = request.access._replace(environ=None)
     async with open_nursery() as nursery:
         store = ImageStore(CacheDirectory(cache), nursery)
@@ -109,7 +104,7 @@ async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | 
 
 
 async def serve(cache: str, runtime: str, status: socket.socket, opener: Opener = open_image) -> int:
-    """Does all that the module says; returns the exit code. `status` is closed."""
+    """Does what the module describes; returns the exit code. Closes `status`."""
     client = ControlStream(status, ATTACH_S)
     try:
         line = await client.line(REQUEST_S)
@@ -124,14 +119,14 @@ async def serve(cache: str, runtime: str, status: socket.socket, opener: Opener 
             else:
                 await _Session(image, request, cache, runtime, client).run()
     except Exception as error:
-        return await _account_for(error, client)
+        return await _report(error, client)
     finally:
         client.close()
     return 0
 
 
-async def _account_for(error: Exception, client: ControlStream) -> int:
-    """Tells the client (if it still listens) and the log what ended us; returns the exit code."""
+async def _report(error: Exception, client: ControlStream) -> int:
+    """Tells the client, if it still listens, and the log what ended the process; returns the exit code."""
     if not isinstance(error, LazyfsError):
         log.error("unexpected", exc_info=error)
         error = HostError(f"the fuse process failed: {error!r:.200}", "see daemon.log; please report it")
@@ -147,7 +142,7 @@ class _Session:
     def __init__(
         self, image: OpenedImage, request: FuseMount, cache: str, runtime: str, client: ControlStream
     ) -> None:
-        # In memory rather than mapped: a file that somebody cuts would kill us with SIGBUS.
+        # In memory rather than mapped: if somebody truncates the file, a mapping kills the process with SIGBUS.
         with open(image.namespace_path, "rb") as file:
             namespace = file.read()
         self._operations = RootOperations(
@@ -192,8 +187,8 @@ class _Session:
                 await trio.to_thread.run_sync(attachments.let_go_of_uppers)
 
     async def _introduce(self, dev: tuple[int, int], attachments: Attachments, service: Service) -> None:
-        """The client's part: tells it that the mount is usable, and hears where it was attached. Its connection holds
-        the mount until then."""
+        """Tells the client that the mount is usable, and learns from it where it was attached. Until then the client's
+        connection holds the mount."""
 
         def drop() -> None:
             if not attachments.targets():
@@ -270,7 +265,7 @@ def run(cache: str, runtime: str, status_fd: int, opener: Opener = open_image) -
     )
     logging.raiseExceptions = False  # a full disk under the log is no reason to end
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who starts us may have blocked some: `lazyfs run` does
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some: `lazyfs run` does
     signal.signal(signal.SIGALRM, _wake)
     signal.setitimer(signal.ITIMER_REAL, WAKE_S, WAKE_S)
     status = socket.socket(fileno=status_fd)
@@ -283,7 +278,7 @@ def run(cache: str, runtime: str, status_fd: int, opener: Opener = open_image) -
 
 
 def _wake(*_: object) -> None:
-    """Its arrival is all: it interrupts a blocked read(2)."""
+    """Does nothing: the signal's arrival is what interrupts a blocked read(2)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

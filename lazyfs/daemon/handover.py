@@ -1,7 +1,7 @@
 """What keeper and worker agree on (keeperlink.py has the whole conversation).
 
-Apart from it, because it costs nothing to import: the keeper starts its first worker, for which a command waits, before
-it loads json (4 ms).
+A module of its own, because it is cheap to import: a command waits for the keeper's first worker, so the keeper starts
+that before it loads json (4 ms).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EXIT_SUCCESSOR = 75  # drained, as SIGTERM or an upgrade asked: start the succes
 
 
 def handover(numbers: dict[str, int | None], held: dict[str, int]) -> bytes:
-    """The JSON that a worker finds in its memory file: descriptors by what they are, and those held by name."""
+    """The JSON in a worker's memory file: numbers of descriptors by purpose, and those held by name."""
     text = "{}"
     if held:
         import json

@@ -6,12 +6,12 @@
 2. Mount FUSE detached (it is attached nowhere, ever) and answer FUSE_INIT, so that all workers are alike.
 3. Listen on RUNTIME/control.sock (0600).
 4. Start the worker (``python -P [-S] -m MODULE --cache DIR --runtime DIR [--linger S]``) with those descriptors,
-   and keep those that it sends (see keeperlink.py). When it dies, start another, which inherits all of them.
+   and keep those that it sends (see keeperlink.py). When the worker dies, start another, which inherits all of them.
 
-It does nothing else, so that there is little to go wrong and no reason to replace it: one thread, no disk,
-no network, 12 MB resident (6 MB of its own). Signals: SIGHUP, the worker drains and is replaced (an upgrade);
-SIGTERM (and SIGINT with --foreground), the worker drains, then both end, and what is still mounted fails.
-Exit codes: 0 ended, 1 usage, 2 this host, or a worker that does not start.
+It does nothing else, so that little can go wrong and nothing requires replacing it: one thread, no disk, no network,
+12 MB resident (6 MB of its own). On SIGHUP the worker drains and is replaced (an upgrade). On SIGTERM (and SIGINT with
+--foreground) the worker drains, then both end, and what is still mounted fails. Exit codes: 0 ended, 1 usage, 2 this
+host, or a worker that does not start.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ SOCKET_NAME = "control.sock"
 LOCK_NAME = "keeper.lock"
 DEFAULT_WORKER = "lazyfs.daemon"
 
-QUICK_DEATH_S = 5.0  # a worker that lived longer was well
+QUICK_DEATH_S = 5.0  # a worker that lived longer had started well
 QUICK_DEATHS_MAX = 10  # then one start a second
 START_FAILURES_MAX = 3  # failed exits in a row, with nothing held: a daemon that cannot start
-DRAIN_LIMIT_S = 60.0  # longer than any read's deadline by default; then SIGKILL, the successor is asked again
+DRAIN_LIMIT_S = 60.0  # longer than a read's default deadline; then SIGKILL, and the kernel asks the successor again
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-# glibc keeps what many threads freed. Measured after reading a whole 310 MB image: 56 MB resident with, 74 MB
-# without (mallopt(3)).
+# Without these settings (mallopt(3)) glibc keeps what many threads freed: 74 MB resident in place of 56.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 # The OOM killer takes the worker, which can be replaced, not the keeper (oom_score_adj, proc(5)).
 _OOM_SCORE = b"-900"
@@ -88,10 +87,10 @@ class Keeper:
         self._kill_at_s: float | None = None
         self._oom_score: bytes | None = None
 
-    # -- what is kept ------------------------------------------------------------------------------------
+    # -- descriptors -------------------------------------------------------------------------------------
 
     def _path(self, name: str) -> str:
-        """Short enough for a socket address (108 bytes), whatever the directory's own path."""
+        """A path that fits a socket address (108 bytes), however long the directory's own path is."""
         return f"/proc/self/fd/{self._runtime_fd}/{name}"
 
     def lock(self) -> bool:
@@ -132,7 +131,7 @@ class Keeper:
             return False
         if not data_bytes:
             return False
-        import json  # not before the first worker is on its way: 8 ms
+        import json  # not before the first worker was started: it takes 8 ms
 
         try:
             message = json.loads(data_bytes)
@@ -140,7 +139,7 @@ class Keeper:
                 name = str(message["hold"])
                 if len(name.encode()) > MAX_NAME_BYTES:
                     raise ValueError("name too long")
-                fd = fds.pop()  # first: without one, what is held stays
+                fd = fds.pop()  # first: if there is none, what is held stays
                 self._drop(name)
                 self._held[name] = fd
             elif "drop" in message:
@@ -159,7 +158,8 @@ class Keeper:
             os.close(fd)
 
     def _let_go(self) -> None:
-        """Unlink first, unlock last: a new keeper binds only then. The worker shares the lock, so unlock."""
+        """Frees the path and the lock for another keeper. It unlinks first and unlocks last, because a new keeper binds
+        after that. It unlocks explicitly, because the worker shares the lock."""
         if self._listener is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(SOCKET_NAME))
@@ -249,7 +249,7 @@ class Keeper:
     # -- the loop ----------------------------------------------------------------------------------------
 
     def run(self, foreground: bool) -> None:
-        """Until a worker says that the connection has ended, or SIGTERM. Raises HostError."""
+        """Runs until a worker reports the end of the connection, or until SIGTERM. Raises HostError."""
         self._protect_memory()
         wakeup = self._catch_signals(foreground)
         start_at_s: float | None = 0.0
@@ -284,7 +284,7 @@ class Keeper:
         signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, lambda *_: None)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who starts us may block some: `lazyfs run` does
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may block some: `lazyfs run` does
         if not foreground:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         return wakeup
@@ -298,7 +298,7 @@ class Keeper:
         deadlines = [at_s for at_s in (start_at_s, kill_at_s) if at_s is not None]
         timeout_ms = max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1) if deadlines else None
         ready = dict(poller.poll(timeout_ms))
-        # At the end of the link (the worker is dying) stop looking at it, or poll returns at once for ever.
+        # Stop watching the link at its end (the worker is dying), or poll returns at once for ever.
         if self._link is not None and self._link.fileno() in ready and not self._receive(self._link):
             self._link.close()
             self._link = None
@@ -321,7 +321,7 @@ class Keeper:
         return self._terminating
 
     def _reap(self) -> int | None:
-        """The worker's wait status if it has died; all that it sent is then taken in."""
+        """The worker's wait status if it has died, after receiving all that it sent; else None."""
         if not self._worker:
             return None
         pid, status = os.waitpid(self._worker, os.WNOHANG)

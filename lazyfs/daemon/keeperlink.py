@@ -1,14 +1,14 @@
-"""The worker's side of the keeper: what it inherits, and what it gives to be kept for its successor.
+"""The worker's link to the keeper: what the worker inherits, and what it hands over for its successor.
 
 The keeper starts the worker with ``LAZYFS_FDS``, the number of a memory file that holds JSON: {"fuse",
-"mount", "listen", "lock", "link": descriptor numbers (null after let_go), "held": {name: number}}. It is not
-in the environment itself, because one variable is limited to 128 KiB.
+"mount", "listen", "lock", "link": descriptor numbers (null after let_go), "held": {name: number}}. The JSON is not in
+the environment, because a variable is limited to 128 KiB.
 
 Over the link (SOCK_SEQPACKET, so a message is whole or absent) the worker sends {"hold": name} with a
 descriptor, {"drop": name} and {"let_go": true}. Nothing is acknowledged: what was sent before a kill -9 is
-still in the keeper's queue, and the keeper empties that before it starts a successor.
+in the keeper's queue, which the keeper empties before it starts a successor.
 
-A keeper that is killed takes nothing with it: the worker goes on, with the control socket and the lock.
+If the keeper is killed, nothing is lost: the worker goes on, with the control socket and the lock.
 """
 
 from __future__ import annotations
@@ -82,15 +82,14 @@ class KeeperLink:
         return link
 
     def keeper_gone(self) -> bool:
-        """True when the keeper was killed: nothing is kept any more, and nobody would start a successor."""
+        """Whether the keeper was killed. Then descriptors are held no more, and nobody would start a successor."""
         poller = select.poll()
         poller.register(self._socket, 0)  # POLLHUP is always reported
         return bool(poller.poll(0))
 
     def hold(self, name: str, fd: int) -> None:
-        """Has `fd` kept for successors. It is now owned here, in `held`, and closed by `drop`. A descriptor
-        held under that name before is replaced, in one message: killed at any moment, we leave one of the
-        two."""
+        """Hands `fd` to the keeper, for successors. It is owned here, in `held`, until `drop` closes it. It replaces a
+        descriptor of that name in one message, so that a kill at any moment leaves one of the two."""
         if len(name.encode()) > MAX_NAME_BYTES:
             raise ValueError("name too long")
         if name in self.held:
@@ -104,10 +103,10 @@ class KeeperLink:
         self._send({"drop": name})
 
     def let_go(self) -> None:
-        """No more mounts: closes the control socket, the mount and everything held, here and in the keeper,
-        and frees the path for the next keeper. The FUSE connection stays, and ends (ENODEV) with its last
-        user; until then the keeper goes on starting workers. Call `DeviceServer.release_mount` before, and
-        accept what waits on `listen_fd`: those connections are reset."""
+        """Closes the control socket, the mount and everything held, here and in the keeper, and frees the path for the
+        next keeper: there will be no more mounts. The FUSE connection stays, and ends (ENODEV) with its last user;
+        until then the keeper goes on starting workers. Call `DeviceServer.release_mount` before, and accept what waits
+        on `listen_fd`, as those connections are reset."""
         self._send({"let_go": True})
         for fd in (self.mount_fd, self.listen_fd, self._lock_fd, *self.held.values()):
             if fd is not None:

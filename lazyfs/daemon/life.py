@@ -10,7 +10,7 @@ from lazyfs.daemon.handover import EXIT_ENDED, EXIT_SUCCESSOR
 
 
 class Life:
-    """Set by requests, signals and idleness; worker.py sees to it that the process ends."""
+    """Requests, signals and idleness set it; worker.py then ends the process."""
 
     def __init__(self) -> None:
         self.ending = trio.Event()
@@ -24,7 +24,7 @@ class Life:
             self.ending.set()
 
     async def until_signalled(self) -> None:
-        """SIGTERM: make way for a successor. Until cancelled."""
+        """Waits for SIGTERM, which asks to make way for a successor. Runs until cancelled."""
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
                 self.interrupted.set()

@@ -1,4 +1,4 @@
-"""What a daemon answers its clients (control/messages.py)."""
+"""How a daemon answers its clients (control/messages.py)."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class Requests:
         return Reply(answer, (self._roots.clone(root),))
 
     async def _open(self, stream: ControlStream, request: Mount) -> Image | Missing:
-        """Opens the image for a client, as long as it waits. Raises LazyfsError."""
+        """Opens the image for a client; ends when the client goes away. Raises LazyfsError."""
         opened: list[Image | Missing] = []
         limit_s = _OPENING_DEADLINES * request.timeout_s
 
         async def opening() -> None:
-            make_index = not request.push_index  # else the client makes it, who pushes it
+            make_index = not request.push_index  # else the client makes it, because it pushes it
             opened.append(
                 await self._store.open(request.image, request.access, request.timeout_s, make_index=make_index)
             )
@@ -79,7 +79,7 @@ class Requests:
             with trio.fail_after(limit_s):
                 await beside(opening, background=functools.partial(_reassure, stream, request.image))
         except BaseException as error:
-            if opened and not isinstance(opened[0], Missing):  # at the very moment when the client went away
+            if opened and not isinstance(opened[0], Missing):  # opened just when the client went away
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 3):
                     await self._store.close(opened[0])
             if isinstance(error, trio.TooSlowError):

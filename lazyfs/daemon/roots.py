@@ -1,8 +1,8 @@
-"""The images that a daemon has mounted, and who needs them to stay.
+"""The images that a daemon has mounted, and who holds them.
 
-Three kinds of holders: a mount in mountinfo (or a target that is still to be looked for there), a lease of a client
-that has not attached anything yet and ends with its connection, and a hold by name, which outlives the worker. Without
-any, an image is let go after a while (watch.py).
+Three kinds of holders: a mount in mountinfo (or a target that was not looked up there yet); the lease of a client that
+has not attached anything yet, which ends with its connection; and a hold by name, which outlives the worker. An image
+without holders is let go after a while (watch.py).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lazyfs.system.devices import dev_of
 
 log = logging.getLogger("lazyfs.daemon")
 
-_RESTORE_S = 3.0  # opening what is in the cache takes milliseconds; without it, reads open the image
+_RESTORE_S = 3.0  # opening from the cache takes milliseconds; if it fails, reads open the image
 _CLOSE_S = 3.0
-# A cached file of 500 MB, page cache cold: 1.5 GB/s with the kernel's 128 KiB, 2.1 GB/s with this, no more with 4 MiB.
+# A cached file is read at 2.1 GB/s, with the kernel's 128 KiB at 1.5 GB/s.
 _READ_AHEAD_KIB = 1024
 
 
@@ -54,7 +54,7 @@ class Root:
 
     @property
     def is_claimed(self) -> bool:
-        """By anybody, apart from mounts that nobody reported."""
+        """Whether anybody holds it, apart from mounts that nobody reported."""
         return bool(self.targets or self.holds or self.leases)
 
     @property
@@ -63,8 +63,8 @@ class Root:
         return _kept_as(self.image.manifest_digest)
 
     def widen_read_ahead(self) -> None:
-        """While something has to be fetched, the kernel reads ahead little, for every byte of it costs a transfer. An
-        image that is here as a whole is read like a local one."""
+        """Widens the kernel's read-ahead once the whole image is cached. Until then it stays small, because every byte
+        of read-ahead may cost a transfer."""
         if self.backing_device and all(device.layer.is_complete() for device in self.image.layers):
             tuning.set_erofs_read_ahead(self.backing_device, _READ_AHEAD_KIB)
             self.backing_device = None
@@ -103,7 +103,7 @@ class Lease:
 
 
 class Roots:
-    """The table of mounted images, by manifest digest. Owned by the trio thread. `changed` is called when what a
+    """The table of mounted images, by manifest digest. Owned by the trio thread. It calls `changed` when what a
     successor must know has changed."""
 
     def __init__(
@@ -128,11 +128,11 @@ class Roots:
         return len(self._roots)
 
     def __iter__(self) -> Iterator[Root]:
-        """Over a copy: it may change meanwhile."""
+        """Iterates over a copy, as the table may change meanwhile."""
         return iter(list(self._roots.values()))
 
     def of(self, dev: tuple[int, int]) -> Root:
-        """By the device of its own mount, or of one of its targets. Raises UserError."""
+        """The root with this device, or with a target that has it. Raises UserError."""
         for root in self._roots.values():
             if root.dev == dev or any(target.dev == dev for target in root.targets):
                 return root
@@ -141,7 +141,7 @@ class Roots:
     # -- holders -----------------------------------------------------------------------------------------
 
     async def acquire(self, image: Image, request: Mount) -> Lease:
-        """A lease of the mounted `image`, which is mounted if it is not. Takes over the caller's use of it. Raises
+        """A lease of `image`, which is mounted first if it is not. Takes over the caller's use of the image. Raises
         LazyfsError."""
         async with self._changing:
             root = self._roots.get(image.manifest_digest)
@@ -152,14 +152,14 @@ class Roots:
         try:
             if joined:
                 root.timeout_s = min(root.timeout_s, request.timeout_s)
-                await self._store.close(image)  # the root counts as its one user
+                await self._store.close(image)  # the root is the image's only user
         except BaseException:
             lease.end()
             raise
         return lease
 
     def clone(self, root: Root) -> int:
-        """A descriptor of a detached mount of it, the caller's."""
+        """A descriptor of a detached clone of its mount; the caller owns it."""
         return clone_mount(self._link.held[root.kept_as])
 
     def attach(self, target: Attached) -> None:
@@ -170,7 +170,7 @@ class Roots:
         self._changed()
 
     def drop_targets(self, root: Root, gone: list[Attached]) -> None:
-        """Their mounts have vanished from mountinfo."""
+        """Forgets targets whose mounts have vanished from mountinfo."""
         for target in gone:
             root.targets.remove(target)
             self._uppers.let_go(target.ephemeral_upper)
@@ -178,7 +178,7 @@ class Roots:
             self._changed()
 
     def hold(self, name: str, dev: tuple[int, int]) -> None:
-        """Keeps a root under a name, until that is released. Raises UserError if there is no such root."""
+        """Holds a root under a name, until `release`. Raises UserError if there is no such root."""
         chosen = self.of(dev)
         for root in self._roots.values():
             root.holds.discard(name)
@@ -186,7 +186,7 @@ class Roots:
         self._changed()
 
     def release(self, name: str) -> None:
-        """Raises UserError if nothing is held under that name."""
+        """Ends a hold. Raises UserError if there is none of that name."""
         holding = [root for root in self._roots.values() if name in root.holds]
         if not holding:
             raise UserError(f"nothing is held as {name!r}")
@@ -206,7 +206,7 @@ class Roots:
                 else f"/proc/self/fd/{self._link.mount_fd}/{one.content_root}"
                 for one in image.layers
             ]
-            # By way of the runtime directory: the kernel takes 255 bytes, and a cache may lie deep.
+            # Through a link in the runtime directory: the kernel takes 255 bytes, and a cache may lie deep.
             inside = image.namespace_path.removeprefix(self._store.cache.path).lstrip("/")
             namespace = f"{self._cache_link()}/{inside}"
             before = tuning.erofs_devices()
@@ -216,8 +216,8 @@ class Roots:
                 await self._store.close(image)
             raise
         root = Root(image, access, timeout_s, dev_of(mount_fd), direct)
-        # Nothing leads from a mount to its entry in /sys/class/bdi: those are numbered by themselves, not by st_dev. If
-        # another one appeared meanwhile, read-ahead stays small.
+        # Nothing leads from a mount to its entry in /sys/class/bdi, as those have numbers of their own, not st_dev. If
+        # more than one appeared meanwhile, read-ahead stays small.
         new = tuning.erofs_devices() - before
         root.backing_device = new.pop() if len(new) == 1 else None
         root.widen_read_ahead()
@@ -233,7 +233,7 @@ class Roots:
         return link
 
     async def let_go(self, root: Root) -> bool:
-        """Gives up a root, unless somebody claims it by now; says whether it is gone."""
+        """Unmounts a root unless somebody holds it by now; returns whether it is gone."""
         async with self._changing:
             if root.is_claimed:
                 return False
@@ -245,7 +245,8 @@ class Roots:
         return True
 
     def forget_all(self) -> None:
-        """What is still read is revived by its device; the images stay open. The keeper lets go of the mounts."""
+        """Empties the table; the keeper closes the mounts. The images stay open. A device that is still read is
+        revived."""
         for root in list(self._roots.values()):
             self._release_devices(root)
         self._roots.clear()
@@ -258,16 +259,16 @@ class Roots:
     # -- after a predecessor -------------------------------------------------------------------------------
 
     async def restore(self, saved: Sequence[SavedRoot]) -> None:
-        """Takes up what the predecessor served: with the keeper's descriptors, from the cache."""
+        """Takes over what the predecessor served, from the keeper's descriptors and the cache."""
         async with trio.open_nursery() as nursery:
             for one in saved:
                 nursery.start_soon(self._restore, one)
         kept = {root.kept_as for root in self._roots.values()}
         for name in [one for one in self._link.held if one.startswith(_kept_as("")) and one not in kept]:
-            self._link.drop(name)  # the predecessor died between that and saving its state
+            self._link.drop(name)  # the predecessor died after it mounted and before it saved its state
 
     async def _restore(self, old: SavedRoot) -> None:
-        """One image. Not by the network: until this is done nobody is served."""
+        """Takes over one image, without the network, because nobody is served until this is done."""
         access = old.access._replace(offline=True)
         try:
             with trio.fail_after(_RESTORE_S):

@@ -1,8 +1,8 @@
 """What a daemon's successor is told.
 
-JSON in a memory file that the keeper holds, like the mounts: it outlives the worker, ends with the keeper, and is
-replaced as a whole. Only what the cache does not say is in there: which images, reached how, mounted where, held by
-whom. It has a version; what a daemon before version 1 wrote is read as well, so that an upgrade loses no mount.
+It is JSON in a memory file that the keeper holds, as it holds the mounts: it outlives the worker, ends with the keeper,
+and is replaced as a whole. It says only what the cache does not: which images, reached how, mounted where, held by
+whom. It has a version. State from before version 1 is understood, too, so that an upgrade loses no mount.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class ReleasedLayer(NamedTuple):
-    """A device that was let go, and where to find its image: a private mount namespace may still read it."""
+    """A released device, and where to find its image, because a private mount namespace may still read it."""
 
     content_root: str
     size_bytes: int
@@ -64,7 +64,7 @@ class State(NamedTuple):
 
 
 class Keeping(Protocol):
-    """Of KeeperLink: what holds descriptors for a successor."""
+    """The part of KeeperLink that holds descriptors for a successor."""
 
     @property
     def held(self) -> Mapping[str, int]: ...
@@ -81,7 +81,7 @@ def save(link: Keeping, state: State) -> None:
 
 
 def load(link: Keeping) -> State:
-    """What the predecessor saved; nothing if there was none. What cannot be understood is logged and left out."""
+    """What the predecessor saved, empty if there was none. Entries that are not understood are logged and left out."""
     if _HELD_AS not in link.held:
         return State([], [])
     fd = link.held[_HELD_AS]

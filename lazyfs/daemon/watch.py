@@ -36,7 +36,7 @@ class Watch:
         return not len(self._roots) and not self._is_busy()
 
     def used(self) -> int:
-        """How many images are in use as of now: what only lingers does not count."""
+        """How many images are in use now; those that only linger do not count."""
         self._look_at_mounts()
         return sum(root.idle_since is None for root in self._roots)
 
@@ -81,7 +81,7 @@ class Watch:
                 root.idle_since = None
 
     async def seal(self) -> None:
-        """Seals layers that can be: the next mount of their image lets the kernel read them by itself."""
+        """Seals complete layers: the next mount of their image lets the kernel read them directly."""
         sealed: set[CachedLayer] = set()
         while True:
             await trio.sleep(_TICK_S)
@@ -99,8 +99,8 @@ class Watch:
 
 
 def is_shown(target: Attached, entries: Sequence[MountEntry]) -> bool:
-    """Whether `entries` of its device number have the mount. That of an overlay is soon another one's when it has
-    gone, so there the upper directory decides."""
+    """Whether the mount is among `entries`, those of its device number. The kernel soon gives the number of an overlay
+    that has gone to another one, so for overlays the upper directory decides."""
     if target.ephemeral_upper is None:
         return bool(entries)
     name = os.path.basename(target.ephemeral_upper)

@@ -1,16 +1,15 @@
 """The worker of the kernel backend: serves all images of one cache directory. Started by the keeper.
 
-It owns no mount: the keeper holds the FUSE connection, its detached mount and, for each image, the EROFS
-mount, so that a worker may die at any moment. Its successor reads what it served (state.py); everything else
-is in the cache.
+It owns no mount, so that it may die at any moment: the keeper holds the FUSE connection, its detached mount and, for
+each image, the EROFS mount. Its successor reads what it served (state.py); everything else is in the cache.
 
-An image is let go some seconds after its last mount has vanished from mountinfo; the kernel counts what
-private mount namespaces still use. When no image is left the daemon lets go of everything and ends with the
-FUSE connection.
+An image is let go some seconds after its last mount has vanished from mountinfo; private mount namespaces may still use
+it, and the kernel counts them. When no image is left, the daemon lets go of everything and ends with the FUSE
+connection.
 
-The parts, each the one owner of its state: roots.py (mounted images, and who needs them), devices.py (the layers the
-FUSE server reads), uppers.py (upper directories), life.py (how it ends). requests.py answers clients, watch.py
-looks after what has changed, state.py is what a successor is told. Here they are put together, and ended.
+The parts, each the one owner of its state: roots.py (mounted images, and who holds them), devices.py (the layers that
+the FUSE server reads), uppers.py (upper directories), life.py (how it ends). requests.py answers clients, watch.py
+notices what has changed, state.py is what a successor is told. This module puts them together, and ends them.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ from lazyfs.sources.source import preload
 log = logging.getLogger("lazyfs.daemon")
 
 DEFAULT_LINGER_S = 5.0
-_START_S = 2.0  # in which the first image is open, usually
-# While it drains, a worker takes no new requests, cached or not; what waits longer for its registry is for
-# the successor to fetch, to whom the kernel sends it again.
+_START_S = 2.0  # usually the first image is open by then
+# While it drains, a worker takes no new requests, cached or not. The kernel sends requests that wait longer for a
+# registry to the successor again.
 _DRAIN_S = 3.0
 
 
@@ -73,14 +72,14 @@ class Daemon:
         state.save(self.link, state.State(roots, self.devices.released()))
 
     async def restore(self) -> None:
-        """Takes up what the predecessor served."""
+        """Takes over what the predecessor served."""
         left = state.load(self.link)
         self.devices.remember(left.released)
         await self.roots.restore(left.roots)
 
     def let_go(self, server: DeviceServer) -> None:
-        """The last act of a daemon that nobody needs: from now on the kernel alone decides how long the FUSE
-        connection lives. What a private mount namespace still reads is revived."""
+        """Lets go of all mounts, when nobody needs the daemon: from now on the kernel alone decides how long the FUSE
+        connection lives. Devices that a private mount namespace still reads are revived."""
         server.release_mount()
         self.roots.forget_all()
         self.link.let_go()
@@ -113,8 +112,8 @@ async def run(cache_path: str, runtime: str, linger_s: float) -> int:
 
 
 async def _end(daemon: Daemon, server: DeviceServer) -> None:
-    """Nobody needs us: let everything go, and serve on until the kernel ends the connection. A successor is
-    wanted: answer what was read, and make way."""
+    """Ends the worker. If nobody needs it: lets everything go, and serves until the kernel ends the connection. If a
+    successor is wanted: answers what was read, and makes way."""
     await daemon.life.ending.wait()
     if daemon.life.status == EXIT_ENDED and not daemon.life.interrupted.is_set():
         daemon.let_go(server)
@@ -123,12 +122,12 @@ async def _end(daemon: Daemon, server: DeviceServer) -> None:
 
 
 async def _finish_start(daemon: Daemon) -> None:
-    """A daemon that a service manager started has time now, which its first mount will not have."""
+    """Loads the HTTP client if the daemon is idle (a service manager started it), so that its first mount need not."""
     await trio.sleep(_START_S)
     if daemon.watch.is_idle():
         try:
-            preload()  # in this thread, which imports it otherwise: two at once may see modules that are not whole yet
-        except ImportError as error:  # whoever needs it will hear of it; others are served
+            preload()  # in this thread, as all imports are: a second thread might see half-loaded modules
+        except ImportError as error:  # images that need it will fail; others are served
             log.error("the HTTP client cannot be loaded: %s", error)
     startup.finish()
 
