@@ -1,7 +1,7 @@
-"""`NamedTuple` without `typing`, which takes 10 ms to import, with all that it brings along: re, enum, collections.
+"""`NamedTuple` without `typing`, which takes 10 ms to import with all that it imports: re, enum, collections.
 
-A third of what a light start takes. For those modules only that the client of a mount loads; type checkers see the
-original, and tests compare the two.
+That is a third of a light start, so only modules that the client of a mount loads use this. Type checkers see the
+original; tests compare the two.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`lazyfs analyze IMAGE [-- CMD]`: where the data lies, what a start reads, and what the cache has already.
 
-A start is measured by a container with a cache of its own, empty but for the index, so what it fetches is what it
-needs. None of the image's data is kept.
+A start is measured in a container with a cache of its own, which has the index only, so that it fetches exactly what
+the start needs. None of the image's data is kept.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def analyze(args: argparse.Namespace) -> int:
     """The command. Its exit code is the container's if one was run. Raises LazyfsError."""
     options: MountOptions = args.options
     if args.plot:
-        from lazyfs.commands import plot  # before the work: it may not be there
+        from lazyfs.commands import plot  # before the work, because matplotlib may be missing
     cache = CacheDirectory(places.cache_directory(options.cache))
     reference, manifest_digest, index = _index(cache, args.image, options)
     layers = [(layer.head.record, BlockTable(layer.head.table())) for _, layer in sorted(index.layers.items())]
@@ -67,8 +67,8 @@ def analyze(args: argparse.Namespace) -> int:
 
 
 def _index(cache: CacheDirectory, image: str, options: MountOptions) -> tuple[str, str, Found]:
-    """Reference, manifest digest and index of an image. An index that is neither here nor attached is made, and
-    kept, but no data with it."""
+    """Reference, manifest digest and index of an image. An index that is neither cached nor attached is made and kept,
+    but no data."""
     found: list[tuple[str, str, Found]] = []
 
     async def work() -> None:
@@ -151,7 +151,7 @@ def _start(cache: CacheDirectory, manifest_digest: str, args: argparse.Namespace
 
 @contextlib.contextmanager
 def _empty_cache(cache: CacheDirectory, manifest_digest: str) -> Iterator[CacheDirectory]:
-    """A cache that has an image's index and nothing of its data. Removed afterwards, its daemon, too."""
+    """A cache that has an image's index and none of its data. It is removed afterwards, and its daemon ended."""
     directory = tempfile.mkdtemp(prefix="analyze-", dir=cache.tmp)
     try:
         private = CacheDirectory(os.path.join(directory, "cache"))
@@ -165,7 +165,7 @@ def _empty_cache(cache: CacheDirectory, manifest_digest: str) -> Iterator[CacheD
 
 
 def _end_daemon(cache_path: str) -> None:
-    """The container has gone: what is left of its processes goes, too. They work in the cache until they have ended."""
+    """Ends the processes of the cache, after the container. They work in the cache until they have ended."""
     runtime = rundir.runtime_directory(cache_path)
     socket_path = rundir.control_socket(runtime)
     process_fds = [*filter(None, map(_process_at, (socket_path, *rundir.fuse_sockets(runtime))))]

@@ -32,8 +32,8 @@ class _Add(Protocol):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the examples' lines. Finds the width itself: argparse would import shutil, which costs every
-    command 3 ms, since a formatter is made for each argument."""
+    """Keeps the examples' lines. It finds the width itself, because argparse would import shutil, which takes 3 ms in
+    every command: argparse makes a formatter for each argument."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_width() - 2)
@@ -71,9 +71,9 @@ def size(text: str) -> int:
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The command line for `words`: of the whole program, or, if the first word is a subcommand, of that one alone,
-    because setting up all of them takes longer than parsing. The parsed namespace has `subcommand`, and for most that
-    take an image the list `option_texts`."""
+    """The parser for `words`: of the whole program, or, if the first word is a subcommand, of that alone, because
+    setting up all of them takes longer than parsing. The parsed namespace has `subcommand`, and for most subcommands
+    that take an image the list `option_texts`."""
     top = Parser(
         prog="lazyfs",
         formatter_class=Help,

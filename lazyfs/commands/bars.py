@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LayerBars:
-    """Use as a context manager; what it gives is called as often as you like."""
+    """A context manager. It yields a function to be called with each layer's progress, any number of times."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -28,7 +28,7 @@ class LayerBars:
 
     def __enter__(self) -> Callable[[LayerProgress], None]:
         if self._stream.isatty():
-            # imported here: a script's run has no use for it, and it takes 0.1 s
+            # Imported here, because it takes 0.1 s, and scripts do not need it.
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 

@@ -139,7 +139,7 @@ def container_spec(args: argparse.Namespace) -> SpecOptions:
     for setting in args.env:
         if "=" in setting:
             environment.append(setting)
-        elif setting in os.environ:  # -e NAME: as it is here, if it is
+        elif setting in os.environ:  # -e NAME: the value of this process, if there is one
             environment.append(f"{setting}={os.environ[setting]}")
     return SpecOptions(
         command=tuple(args.command),

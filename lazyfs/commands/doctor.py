@@ -16,7 +16,7 @@ from lazyfs.system.process import SYSTEM_PATH, find_program
 
 MIN_FREE_BYTES = 2 * 10**9
 MIN_OPEN_FILES = 4096  # a descriptor per layer device and cache file, three per layer
-# Module, package that has it, whether anything works without it.
+# Module, its package, whether it is required.
 _LIBRARIES = (
     ("trio", "trio", True),
     ("httpx", "httpx", True),

@@ -20,7 +20,7 @@ from lazyfs.mounting.options import MountOptions
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """`lazyfs inspect IMAGE`: layers, sizes, and whether an index is here or attached, and sound."""
+    """`lazyfs inspect IMAGE`: layers, sizes, and whether an index is cached or attached, and whole."""
     options: MountOptions = args.options
     cache = CacheDirectory(places.cache_directory(options.cache))
     report: dict[str, Any] = {}

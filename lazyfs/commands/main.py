@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone (`lazyfs ls | head`). Python would complain once more at exit.
+        # The reader of the output has gone (`lazyfs ls | head`). Python would report it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

@@ -28,7 +28,7 @@ def _mount_once(
     from lazyfs.mounting import mount
     from lazyfs.mounting.lease import Reporter
 
-    # Without -v, a terminal still shows what takes time; a script sees nothing but errors.
+    # Without -v a terminal still shows slow steps; a script gets errors only.
     if not args.verbose and not sys.stderr.isatty():
         return mount.mount(
             args.image, args.target, args.options, push_index=args.push_index, on_attached=on_attached

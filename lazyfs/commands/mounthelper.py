@@ -5,8 +5,8 @@
 mount(8), "EXTERNAL HELPERS" gives the arguments, "EXIT STATUS" the codes: 0 success, 1 wrong invocation or
 permissions, 2 system error, 8 user interrupt, 32 mount failure.
 
-mount(8) passes `rw` also when nobody wrote it. So here, unlike for `lazyfs mount`, `rw` means a writable root only
-together with upperdir=; a root whose changes are thrown away is asked for by `ephemeral`.
+mount(8) passes `rw` even if the user did not write it. So here, unlike in `lazyfs mount`, `rw` means a writable root
+only together with upperdir=; `ephemeral` asks for a root whose changes are thrown away.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Invocation(NamedTuple):
 
 
 def parse(arguments: Sequence[str], program: str = "mount.lazyfs") -> Invocation:
-    """The helper's command line, by hand: argparse would refuse values that begin with "-". Options may stand
+    """Parses the helper's command line by hand, because argparse refuses values that begin with "-". Options may stand
     anywhere. Raises UserError."""
     words, flags, values = _split(list(arguments))
     if len(words) != 2:
@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str], program: str = "mount.lazyfs") -> Invocation
     base = options.MountOptions(backend="fuse" if "fuse.lazyfs" in kinds else "auto")
     parsed = options.parse(values["o"], base, sloppy="s" in flags)
     if parsed.writable and parsed.upperdir is None and not parsed.ephemeral:
-        # mount(8) says `rw` whether or not the user did, and our default is read-only.
+        # mount(8) passes `rw` whether or not the user did; the default of lazyfs is read-only.
         parsed = parsed._replace(writable=False)
     namespace = values["N"][-1] if values["N"] else None
     return Invocation(words[0], words[1], parsed, "f" in flags, "v" in flags, namespace)
@@ -134,7 +134,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Entry point of both helpers: the name they are called by tells them apart."""
+    """Entry point of both helpers. The name of the program says which one is called."""
     startup.command()
     end(run(sys.argv[1:], sys.argv[0]))
 

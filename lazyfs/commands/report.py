@@ -39,8 +39,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[
 
 
 def facts(values: Mapping[str, Any]) -> str:
-    """``name   value`` lines; byte counts are written for people, inner mappings get a dot in the name. Ends
-    with a newline."""
+    """``name   value`` lines, with readable byte counts; names of inner mappings have a dot. Ends with a newline."""
     values = dict(_flat(values))
     width = max((len(name) for name in values), default=0)
     return "".join(f"{name.ljust(width)}  {_value(name, value)}\n" for name, value in values.items())
@@ -67,7 +66,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def printable(value: object) -> str:
-    """Text that cannot drive a terminal: image metadata is not ours."""
+    """Text without control characters for a terminal: metadata of images comes from outside."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
 
 

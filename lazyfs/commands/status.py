@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from lazyfs.commands.report import print_json
 from lazyfs.errors import HostError
-
-if TYPE_CHECKING:
-    pass
 
 
 def stats(args: argparse.Namespace) -> int:

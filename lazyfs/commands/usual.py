@@ -1,7 +1,7 @@
-"""The usual words of `lazyfs mount` and `lazyfs umount`, understood without argparse.
+"""Parses the usual words of `lazyfs mount` and `lazyfs umount` without argparse.
 
-argparse, with re and gettext behind it, is a quarter of a mount's time. What is not exactly of the forms below (help,
-mistakes, abbreviations, "-ooptions", ...) is left to it; tests compare the two.
+argparse, with re and gettext, takes a quarter of a mount's time. It gets whatever does not have exactly the forms
+below: help, mistakes, abbreviations, "-ooptions". Tests compare the two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _USUAL: dict[str, tuple[tuple[str, ...], dict[str, str], dict[str, str]]] = {
 
 
 def parse(words: Sequence[str]) -> Words | None:
-    """What argparse would make of the words of a command line; None: ask it."""
+    """What argparse would make of the words of a command line; None: argparse has to parse them."""
     if not words or words[0] not in _USUAL:
         return None
     names, flags, options = _USUAL[words[0]]

@@ -1,7 +1,7 @@
-"""Who a container's process is: an image's `User` resolved with the image's own passwd and group files.
+"""The ids of a container's process: an image's `User`, resolved by the image's own passwd and group files.
 
-Pure: the two files come as bytes from the caller, who reads them inside the image. The host's accounts are
-never asked (a host NSS module would run with the host's rights on the image's word, CVE-2019-14271).
+Pure: the caller reads the two files inside the image. The host's accounts are never asked, because a host NSS module
+would run with the host's rights on the image's word (CVE-2019-14271).
 Formats: passwd(5), group(5). Rules: OCI image-spec conversion.md, "Config.User".
 """
 
@@ -82,7 +82,7 @@ def _is_text(value: str) -> bool:
 
 
 def _checked_id(digits: str, what: str) -> int:
-    # the length is looked at first: int() of a very long string is slow or refused
+    # The length is checked first: int() of a very long string is slow, or refused.
     if len(digits.lstrip("0")) > 10 or int(digits) > MAX_ID:
         raise ImageError(
             f"the {what} id {digits[:20]} is larger than {MAX_ID}", "choose another one with --user"

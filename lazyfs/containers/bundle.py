@@ -6,13 +6,13 @@
        /volumes/N/            one for each volume of the image
        /hosts /resolv.conf    copies of the host's, because the network is the host's
 
-Volumes: a directory of the image that is empty, or missing, is mounted over with a directory of the bundle
-that has its owner and mode. One with contents stays part of the (writable) root: the contents are there and
-nothing is copied; under a read-only root runc copies them into a tmpfs.
+Volumes: where the image's directory is empty or missing, a directory of the bundle is mounted, with its owner and mode.
+A directory with contents stays part of the writable root, so that nothing is copied; under a read-only root runc copies
+the contents into a tmpfs.
 
-As an ordinary user the root is read-only (mounting an overlay needs rights over the whole host) and the
-configuration has a user namespace, mapped as `runc spec --rootless` does; with newuidmap(1) and a range in
-/etc/subuid, the image's other users exist too.
+For an ordinary user the root is read-only, because mounting an overlay needs rights over the whole host, and the
+configuration has a user namespace, mapped as `runc spec --rootless` does. With newuidmap(1) and a range in /etc/subuid
+the image's other users exist, too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_HOSTS_BYTES = 1 << 20
 BUNDLE_CONFIG = "config.json"
 _OWN_FILES = (BUNDLE_CONFIG, "hosts", "resolv.conf", "runc.log")
 _REMOVAL_S = 120.0
-"""How long deleting a bundle's files may take. It is work, not waiting: 50,000 files/s on ext4."""
+"""How long deleting a bundle's files may take: ext4 deletes 50,000 files/s."""
 
 
 class MountedImage(NamedTuple):
@@ -50,20 +50,20 @@ class MountedImage(NamedTuple):
 
 
 class RootProvider(Protocol):
-    """Who mounts an image's root: roots.py in earnest, a plain directory in tests of bundles."""
+    """Mounts an image's root: roots.py; a plain directory in tests of bundles."""
 
     def attach(self, image: str, target: str, options: MountOptions) -> MountedImage:
         """Mounts `image` at the existing directory `target`. Raises LazyfsError; then nothing is mounted."""
 
     def detach(self, target: str) -> None:
-        """Unmounts what `attach` mounted, within seconds, if need be lazily. Nothing to do is no error,
+        """Unmounts what `attach` mounted, within seconds, if need be lazily. It is no error if nothing is mounted,
         because a signal may come before or after the mount. Raises HostError."""
 
 
 class BundleOptions(NamedTuple):
-    """`spec`: what is asked of the container. `user`: ``USER[:GROUP]`` instead of the image's, if not None.
-    `mount`: options of the root's mount; writable without an `upperdir` means one in the bundle, or, unless
-    `keep_upper`, one that ends with the mount."""
+    """`spec`: what the user asks of the container. `user`: ``USER[:GROUP]`` instead of the image's, if not None.
+    `mount`: options of the root's mount. If it is writable and has no `upperdir`, the upper directory is in the bundle,
+    or, without `keep_upper`, it ends with the mount."""
 
     spec: SpecOptions = SpecOptions()
     user: str | None = None
@@ -72,8 +72,8 @@ class BundleOptions(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """A bundle on disk. `notes` are for the user: what was left out, and why. `stop_signal` is the image's
-    word (a name, a number or ""), not yet checked."""
+    """A bundle on disk. `notes` are for the user: what was left out, and why. `stop_signal` is as the image has it (a
+    name, a number or ""), not checked."""
 
     directory: str
     notes: tuple[str, ...]
@@ -92,7 +92,7 @@ def make_bundle(
     on_mounted: Callable[[MountedImage], object] = lambda image: None,
 ) -> Bundle:
     """Makes a bundle of `image` in `directory`, which must not exist or be empty; its mode becomes 0700.
-    `on_mounted` is told what it will be made of, before the configuration is written.
+    `on_mounted` is called with the image before the configuration is written.
 
     The root stays mounted: `roots.detach` and `delete_bundle` end it. On any failure nothing is
     left mounted or written. Raises UserError for `directory`, and what mounting and conversion raise.
@@ -120,9 +120,9 @@ def make_bundle(
 
 
 def write_bundle(directory: str, config: ImageConfig, user: str | None, spec: SpecOptions) -> Bundle:
-    """Writes `config.json` and what it refers to, beside the root mounted at ``directory/rootfs``.
+    """Writes `config.json` and what it refers to, next to the root mounted at ``directory/rootfs``.
 
-    Users are resolved inside that root, and the working directory and volumes followed through its symlinks.
+    Resolves users inside that root, and follows the working directory and volumes through its symlinks.
     Raises ImageError, UserError, HostError.
     """
     notes: list[str] = []
@@ -183,9 +183,8 @@ def _prepare_directory(directory: str) -> bool:
 
 
 def delete_bundle(directory: str, keep_itself: bool = False) -> None:
-    """Deletes the bundle with all that the container wrote, never what is mounted below it. What the container
-    wrote, by rm(1), which no symlink misleads and whose depth of directories has no limit (a container may nest
-    them beyond Python's recursion)."""
+    """Deletes the bundle with all that the container wrote, never what is mounted below it. rm(1) deletes what the
+    container wrote, because no symlink misleads it, and directories may be nested deeper than Python's recursion."""
     if below := [mount.mountpoint for mount in mount_table() if mount.mountpoint.startswith(f"{directory}/")]:
         raise HostError(f"{directory} is kept: {below[0]} is still mounted", f"umount {below[0]}")
     _unlink_own(directory)
@@ -196,7 +195,7 @@ def delete_bundle(directory: str, keep_itself: bool = False) -> None:
     victims = [os.path.join(directory, n) for n in os.listdir(directory)] if keep_itself else [directory]
     if not victims:
         return
-    import subprocess  # here: it takes milliseconds, and most bundles are gone by now
+    import subprocess  # here, because it takes milliseconds, and most bundles are gone by now
 
     command = ["rm", "-rf", "--one-file-system", "--", *victims]
     try:
@@ -211,7 +210,7 @@ def delete_bundle(directory: str, keep_itself: bool = False) -> None:
 
 
 def _unlink_own(directory: str) -> None:
-    """Deletes what a bundle has at least, unless something is in the way: all that there is of most."""
+    """Deletes the files that every bundle has, as far as possible. Most bundles have no others."""
     for name in _OWN_FILES:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(directory, name))
@@ -230,8 +229,8 @@ def _write(path: str, content: bytes, mode: int) -> None:
 
 
 def _hosts_files(directory: str, hostname: str) -> tuple[Mount, ...]:
-    """Copies of the host's resolv.conf and hosts (with the container's name), so that names resolve in the
-    container as on the host, and what the container writes into them stays its own."""
+    """Copies of the host's resolv.conf and hosts (with the container's name): names resolve in the container as on the
+    host, and the container writes to its own copies."""
     mounts = []
     for name in ("resolv.conf", "hosts"):
         try:
@@ -249,7 +248,7 @@ def _hosts_files(directory: str, hostname: str) -> tuple[Mount, ...]:
 
 
 def _volumes(directory: str, config: ImageConfig, spec: SpecOptions, root: ImageRoot) -> tuple[Mount, ...]:
-    """A mount for each volume of the image that the user has not put one on."""
+    """A mount for each volume of the image on which the user has not mounted anything."""
     taken = {mount.destination for mount in spec.mounts}
     mounts = []
     for number, place in enumerate(image_volumes(config)):
@@ -285,8 +284,8 @@ def _copied_up(place: str, mode: int, uid: int, gid: int) -> Mount:
 
 
 def _with_existing_places(spec: SpecOptions, root: ImageRoot, notes: list[str]) -> SpecOptions:
-    """Under a root that is itself read-only runc cannot make mount points: the copies of host files are left
-    out where the image has no place for them, anything else is refused."""
+    """Checks mounts on a read-only root, where runc cannot make mount points. Where the image has no place for the
+    copies of host files, they are left out; for any other mount, raises HostError."""
     kept = tuple(mount for mount in spec.hosts_files if _place_fits(mount, root))
     if len(kept) < len(spec.hosts_files):
         missing = " or ".join(mount.destination for mount in spec.hosts_files if mount not in kept)

@@ -14,8 +14,8 @@ _MAX_SUBID_BYTES = 1 << 20
 
 
 def rootless_ranges() -> tuple[tuple[IdRange, ...], tuple[IdRange, ...]]:
-    """The uid and gid mappings of an ordinary user's container: root is that user, the rest the user's
-    subordinate ids if there are any and newuidmap(1) can map them."""
+    """The uid and gid mappings of an ordinary user's container. Its root is that user; its other ids are the user's
+    subordinate ids, if there are any and newuidmap(1) can map them."""
     uid, gid = os.getuid(), os.getgid()
     names = [str(uid)]
     with contextlib.suppress(KeyError):

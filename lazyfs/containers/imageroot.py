@@ -1,7 +1,7 @@
-"""Looking into a mounted image from the host, without ever following the image's symlinks out of it.
+"""Reads files of a mounted image from the host, never following the image's symlinks out of it.
 
-Every look goes through openat2(2) with RESOLVE_IN_ROOT. Files are opened by O_PATH first and looked at, so
-that a FIFO cannot hold us up and a device is not touched (CVE-2024-9676 and its kin).
+Every path goes through openat2(2) with RESOLVE_IN_ROOT. Files are opened by O_PATH first and checked, so that opening a
+FIFO cannot block and no device is touched (CVE-2024-9676 and its kin).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.E
 
 
 class ImageRoot:
-    """A root file system mounted at `path`, as seen by the host. A context manager: it holds a descriptor."""
+    """A root file system mounted at `path`, seen from the host. A context manager: it holds a descriptor."""
 
     def __init__(self, path: str) -> None:
         """Raises HostError if `path` is not a directory."""

@@ -1,4 +1,4 @@
-"""The roots of bundles by lazyfs itself: mounts an image, and gives its configuration from the cache."""
+"""The roots of bundles: mounts an image as `lazyfs mount` does, and reads its configuration from the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lazyfs.system.mountinfo import mount_at
 
 
 class MountedRoots:
-    """Mounts as `lazyfs mount` does. `reporter` hears how it goes."""
+    """Implements RootProvider. `reporter` shows the progress of mounts."""
 
     def __init__(self, reporter: Reporter = SILENT) -> None:
         self._reporter = reporter
@@ -29,7 +29,7 @@ class MountedRoots:
             raise
 
     def detach(self, target: str) -> None:
-        """Plainly, so that what uses the mount is noticed; lazily if it is in use."""
+        """Unmounts; lazily only if the mount is in use."""
         if mount_at(target) is None:
             return
         try:

@@ -1,6 +1,6 @@
 """A container in the foreground: mount, bundle, runc, and clean up, whatever happens.
 
-Without `remove` the container's directory stays (store.py), with what it wrote, and its place is said.
+Without `remove` the container's directory (store.py) stays with what it wrote, and the user is told where it is.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lazyfs.mounting.options import MountOptions
 
 
 class RunRequest(NamedTuple):
-    """A container that is asked for. `mount`: options of its root. `name`: None for a new one, which is also the
-    default of the host name. `remove`: nothing of it is kept. `grace_s`: from a signal to end until it is killed."""
+    """A container that is asked for. `mount`: options of its root. `name`: also the default of the host name; None: a
+    new one. `remove`: deletes its files when it ends. `grace_s`: from a signal to end until it is killed."""
 
     image: str
     spec: SpecOptions = SpecOptions()
@@ -37,11 +37,11 @@ class RunRequest(NamedTuple):
 
 
 def run(request: RunRequest, store: ContainerStore, roots: RootProvider, say: Callable[[str], None]) -> int:
-    """Runs it; the exit status is the container's; 128 + the signal that ended it, or ended us;
-    125 if runc could not start it, 126 or 127 if its command cannot be executed or found (runc has said why).
+    """Runs it and returns the exit status: the container's; 128 + the signal that ended it, or this process; 125 if
+    runc could not start it, 126 or 127 if its command cannot be executed or found (runc has said why).
 
-    Raises LazyfsError if it was not run at all. In every case the container is gone and its root unmounted on
-    return. `say` gets lines for the user.
+    Raises LazyfsError if it was not run at all. On return the container is gone and its root unmounted, in every case.
+    `say` gets lines for the user.
     """
     spec = request.spec
     if spec.terminal and not any(os.isatty(fd) for fd in (0, 1, 2)):
@@ -71,7 +71,7 @@ def _run_claimed(
     with held_signals() as watched, _restored_terminal():
         try:
             with _delivered(watched):
-                if os.listdir(claim.directory):  # of a process that was killed
+                if os.listdir(claim.directory):  # a killed process left it
                     roots.detach(os.path.join(claim.directory, "rootfs"))
                     claim.clear(keep_itself=True)
                 record = functools.partial(claim.record, keep=not request.remove)
@@ -88,7 +88,7 @@ def _run_claimed(
 
 
 def _clean_up(runc: Runc, claim: Claim, roots: RootProvider, keep: bool, say: Callable[[str], None]) -> None:
-    """Each step has its deadline. What fails is said, since the container's status is the result."""
+    """Each step has its deadline. A failure is only reported, because the container's status is the result."""
     try:
         runc.delete(claim.name)
         roots.detach(os.path.join(claim.directory, "rootfs"))

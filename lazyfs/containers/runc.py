@@ -1,10 +1,9 @@
 """One container in the foreground: `runc run`, its signals, its end.
 
-runc passes every signal it gets on to the container, and in a terminal the kernel sends Ctrl-C to runc as
-well as to us. So all signals are taken one by one (sigtimedwait) and handed on only where runc did not get
-them. SIGTERM means "stop": the image's stop signal, then, after a grace period, SIGKILL. SIGINT ends it in
-the same way, because the first process of a container ignores a SIGINT that it does not handle; a second
-one kills at once.
+runc passes every signal on to the container, and in a terminal the kernel sends Ctrl-C both to runc and to this
+process. So signals are received one by one (sigtimedwait), and passed on only if runc did not get them. SIGTERM means
+"stop": the image's stop signal, then, after a grace period, SIGKILL. SIGINT does the same, because the first process of
+a container ignores a SIGINT that it does not handle; a second SIGINT kills at once.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ _MAX_LOG_BYTES = 1 << 20
 
 @contextmanager
 def held_signals() -> Iterator[frozenset[int]]:
-    """Holds back the signals that would end us; yields those to wait for. What a parent has set to be ignored
-    (nohup, a shell's background job) stays so."""
+    """Blocks the signals that would end this process; yields those to wait for. Signals that a parent has set to be
+    ignored (nohup, a shell's background job) stay ignored."""
     watched = frozenset(s for s in (*_STOPPING, *_PASSED_ON) if signal.getsignal(s) is not signal.SIG_IGN)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched | {signal.SIGCHLD})
     try:
@@ -71,8 +70,8 @@ class Runc:
     def run(self, bundle: str, name: str, stop_signal: str, grace_s: float, watched: frozenset[int]) -> Ended:
         """Runs the bundle's container until it ends.
 
-        Standard streams are ours. Must be called inside `held_signals`, whose set is `watched`. The container
-        may still exist when this returns by an exception: call `delete`.
+        It has this process's standard streams. Call it inside `held_signals`, which yields `watched`. After an
+        exception the container may still exist: call `delete`.
         """
         log = os.path.join(bundle, "runc.log")
         command = self._command("--log", log, "--log-format", "json", "run", "--bundle", bundle, name)
@@ -99,7 +98,7 @@ class Runc:
                 return 128 - status if status < 0 else status
             if received is None:
                 if deadline is not None and time.monotonic() >= deadline:
-                    # first the container; if runc then does not end, runc: `delete` sees to the rest
+                    # Kills the container first, then runc if that does not end; `delete` does the rest.
                     if kills or not self.kill(name, "KILL"):
                         os.kill(pid, signal.SIGKILL)
                     kills += 1
@@ -109,8 +108,8 @@ class Runc:
             from_terminal = received.si_code > 0  # SI_KERNEL: sent to runc as well
             if number != signal.SIGCHLD and not from_terminal:
                 wanted = stop_signal if number == signal.SIGTERM else signal.Signals(number).name
-                # Not by way of the running runc: it dies of the signal until it has set up its handlers.
-                # If there is no container yet, just that is wanted.
+                # Not through the running runc, which dies of the signal until it has set up its handlers. If there
+                # is no container yet, that is what is wanted.
                 if not self.kill(name, wanted):
                     os.kill(pid, number)
             if number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGHUP and from_terminal):
@@ -134,7 +133,7 @@ class Runc:
 
     def _call(self, *arguments: str) -> str:
         """ "" or why it failed."""
-        import subprocess  # here: few containers have to be killed or deleted, and it takes milliseconds
+        import subprocess  # here, because it takes milliseconds, and few containers must be killed or deleted
 
         try:
             done = subprocess.run(
@@ -148,8 +147,8 @@ class Runc:
 
 
 def _not_started(log: str) -> int:
-    """0 if the container's process was started, else the exit status that says why not. runc itself exits
-    with 1 for both, but writes to its log when it fails; it has told the user already."""
+    """0 if the container's process was started, else the exit status that says why not. runc exits with 1 in either
+    case, but when it fails it writes to its log, and has told the user."""
     try:
         with open(log, "rb") as file:
             lines = file.read(_MAX_LOG_BYTES).splitlines()

@@ -1,14 +1,13 @@
 """Image configuration → runtime configuration: the `config.json` of a bundle, as a plain dictionary.
 
-Pure. Rules: OCI image-spec conversion.md; form: OCI runtime-spec 1.0.2 config.md and config-linux.md. What
-the specifications leave to the converter is as Docker has it (capabilities, masked paths, PATH, /dev): images
-are written for that. The network is the host's: there is no network namespace, and the caller mounts copies
-of the host's resolv.conf and hosts. No seccomp filter is set.
+Pure. Rules: OCI image-spec conversion.md; form: OCI runtime-spec 1.0.2 config.md and config-linux.md. What the
+specifications leave open (capabilities, masked paths, PATH, /dev) is as in Docker, because images are written for that.
+The network is the host's: there is no network namespace, and the caller mounts copies of the host's resolv.conf and
+hosts. No seccomp filter is set.
 
-The image is hostile. Its working directory and volumes may not lie under /proc (CVE-2024-21626,
-CVE-2023-27561), its labels become annotations only by an allow-list, because runtimes obey annotations
-("org.systemd.property.*" and "run.oci.*" act on the host). What the *user* asks for is
-checked for sense only.
+The image is hostile. Its working directory and volumes may not lie under /proc (CVE-2024-21626, CVE-2023-27561). Its
+labels become annotations only by an allow-list, because runtimes obey annotations ("org.systemd.property.*" and
+"run.oci.*" act on the host). What the *user* asks for is only checked for sense.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ MAX_LABEL_BYTES = 16384
 
 
 class SpecOptions(NamedTuple):
-    """What the user asked for, and what the caller knows of the host. The defaults change nothing.
+    """What the user asks for, and what the caller knows of the host. The defaults change nothing.
 
     `command` replaces the image's Cmd; `entrypoint` replaces its Entrypoint and drops its Cmd. `env` entries
     are ``NAME=value``. `mounts` come last, `hosts_files` (resolv.conf, hosts) and `volumes` before them.
@@ -107,8 +106,8 @@ def build_spec(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The runtime configuration, and notes for the user on what of the image was left out.
 
-    The root is the directory "rootfs" beside config.json. Raises ImageError for what the image asks and may
-    not have, UserError for what the user asked.
+    The root is the directory "rootfs" next to config.json. Raises ImageError or UserError if the image or the user asks
+    for something that is not allowed.
     """
     notes: list[str] = []
     if options.uid_ranges and account.additional_gids:
@@ -238,8 +237,8 @@ def _variable_name(entry: str, where: str, error: type[ImageError] | type[UserEr
 def working_directory(config: ImageConfig, override: str = "") -> str:
     """The process's absolute working directory, "/" if none is named.
 
-    Under /proc it would be one of runc's own descriptors, a way to the host (CVE-2024-21626): refused,
-    whoever asks. The caller must still look through symlinks of the image (`forbidden_place`).
+    One under /proc is refused, whoever asks: it could be one of runc's own descriptors, a way to the host
+    (CVE-2024-21626). The caller must still follow the image's symlinks (`forbidden_place`).
     """
     error = UserError if override else ImageError
     cwd = checked_text(override or config.working_dir or "/", "the working directory", error)
@@ -255,7 +254,8 @@ def working_directory(config: ImageConfig, override: str = "") -> str:
 
 
 def _annotations(config: ImageConfig, notes: list[str]) -> dict[str, str]:
-    """What the image says of itself; a label wins over the field of the same meaning (conversion.md)."""
+    """Annotations from the image's fields and labels. A label wins over the field of the same meaning
+    (conversion.md)."""
     implicit: Mapping[str, str] = {
         "os": config.os,
         "architecture": config.architecture,

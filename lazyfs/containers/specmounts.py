@@ -43,8 +43,8 @@ class IdRange(NamedTuple):
 
 
 def checked_text(value: str, what: str, error: type[ImageError] | type[UserError] = ImageError) -> str:
-    """`value` if it can be an argument, a variable or a path: no NUL, and UTF-8
-    (JSON allows lone surrogates)."""
+    """`value` if it can be an argument, a variable or a path: without NUL, and valid UTF-8 (JSON allows lone
+    surrogates)."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -91,7 +91,7 @@ def _default_mounts(gid_ranges: Sequence[IdRange]) -> list[Mount]:
 
 
 def ordered_mounts(wanted: Iterable[Mount], gid_ranges: Sequence[IdRange] = ()) -> list[Mount]:
-    """Defaults, then `wanted` with parents before children; a place is mounted once, by the last to name it.
+    """The defaults, then `wanted`, parents before children. If a place is named several times, the last mount counts.
     `gid_ranges`: the mapping of a rootless container, which may mount less."""
     defaults = {mount.destination: mount for mount in _default_mounts(gid_ranges)}
     chosen = defaults | {mount.destination: mount for mount in wanted}
@@ -121,7 +121,7 @@ def image_volumes(config: ImageConfig) -> tuple[str, ...]:
 def parse_bind(text: str) -> Mount:
     """``SOURCE:DESTINATION[:OPTIONS]`` as -v takes it, OPTIONS separated by commas (ro, rslave).
 
-    Both paths absolute; whether SOURCE exists is the caller's to check. Raises UserError.
+    Both paths are absolute; the caller checks that SOURCE exists. Raises UserError.
     """
     parts = checked_text(text, "-v", UserError).split(":")
     if len(parts) not in (2, 3) or not parts[0].startswith("/"):
@@ -162,7 +162,7 @@ def _destination(place: str, what: str) -> str:
 
 
 def distinct_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
-    """The user's mounts, refused with UserError if two have one destination."""
+    """The user's mounts. Raises UserError if two have the same destination."""
     seen: dict[str, Mount] = {}
     for mount in mounts:
         if mount.destination in seen:

@@ -1,11 +1,11 @@
-"""Containers as records on disk, whose one owner is this module.
+"""Containers as records on disk. Only this module reads and writes them.
 
     DIRECTORY/NAME/container.json   the record: what it was made of, and whether its files are to be kept
                   /...              its bundle (bundle.py)
 
-A container is held by the process that has its directory locked (flock). A name is taken while somebody holds it, and
-as long as its files are kept. What is neither was left behind by a killed process: the name is free, and whoever
-claims it next clears the remains away.
+A process holds a container by locking its directory (flock). A name is taken while a process holds it, and as long as
+its files are kept. Any other directory was left by a killed process: its name is free, and whoever claims the name next
+deletes the remains.
 
     root: /var/lib/lazyfs/containers     others: ${XDG_STATE_HOME:-~/.local/state}/lazyfs/containers
 """
@@ -62,7 +62,7 @@ class Claim:
         self._lock_fd = lock_fd
 
     def record(self, image: MountedImage, keep: bool) -> Container:
-        """Says what the container is made of; only then the directory counts as more than remains."""
+        """Writes the record. Without it the directory counts as remains."""
         config = image.config
         platform = "/".join(part for part in (config.os, config.architecture, config.variant) if part)
         container = Container(
@@ -80,7 +80,7 @@ class Claim:
         return container
 
     def clear(self, keep_itself: bool = False) -> None:
-        """Deletes all files, and the directory, unless it is to be used now. Raises HostError: something is mounted."""
+        """Deletes all files, and the directory unless `keep_itself`. Raises HostError: something is mounted in it."""
         for name in (RECORD, f"{RECORD}.new"):
             with suppress(OSError):
                 os.unlink(os.path.join(self.directory, name))
@@ -108,8 +108,8 @@ class ContainerStore:
         self.directory = default_directory() if directory is None else directory
 
     def create(self, name: str | None = None) -> Claim:
-        """Claims `name`, or a new one. Its directory (0700) may have remains: `clear` them when nothing is mounted
-        there any more. Raises UserError: the name is taken, or is none; HostError."""
+        """Claims `name`, or a new one. Its directory (0700) may have remains: `clear` them once nothing is mounted in
+        it. Raises UserError: the name is taken, or not valid; HostError."""
         name = f"lazyfs-{os.urandom(4).hex()}" if name is None else checked_name(name)
         directory = os.path.join(self.directory, name)
         try:
@@ -144,7 +144,7 @@ class ContainerStore:
             claim.clear()
 
     def listing(self) -> list[Listed]:
-        """All names, in their order, those of dead processes, too."""
+        """All names, sorted, including those of killed processes."""
         found = []
         for name in sorted(self._names()):
             directory = os.path.join(self.directory, name)
@@ -218,8 +218,8 @@ def read_record(directory: str) -> Container | None:
 
 
 def _is_kept(directory: str) -> bool:
-    """Whether what lies there is more than remains. What we do not understand is nothing to be removed; a bundle
-    without a record is a container of a version that had none."""
+    """Whether the files are to be kept. A record that is not understood keeps them; so does a bundle without a record,
+    because older versions wrote none."""
     try:
         container = read_record(directory)
     except HostError:

@@ -1,11 +1,11 @@
 """Gets the root of an image from a process of lazyfs, starting it if need be.
 
     kernel          the cache's daemon hands out a detached EROFS mount
-    fuse, root      a fuse process mounts at a private place, a detached clone of which is taken; a later lease of
-                    the image clones an attached one (same superblock, same process)
+    fuse, root      a fuse process mounts at a private place, and the client takes a detached clone of that; a later
+                    lease of the image clones an attached mount (same superblock, same process)
     fuse, user      a fuse process mounts at the target itself, by fusermount3
 
-What is detached ends with who holds it, so an interrupted client leaves nothing.
+A detached mount ends with its holder, so an interrupted client leaves nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRIES = 3
 
 
 def acquire(wanted: Wanted, reporter: Reporter = SILENT) -> Lease:
-    """A lease of the root, which is the caller's to release. Raises LazyfsError."""
+    """A lease of the root; the caller releases it. Raises LazyfsError."""
     if wanted.backend == "fuse":
         return _fuse(wanted, reporter)
     try:
@@ -55,7 +55,7 @@ def _kernel(wanted: Wanted, reporter: Reporter) -> Lease:
             connection = launch.connect_or_start(wanted.cache, wanted.runtime)
             try:
                 connection.send({"op": "lease", **wanted.request()})
-                from lazyfs.system import detached  # noqa: F401 - for attaching; it loads while the daemon works
+                from lazyfs.system import detached  # noqa: F401 - needed to attach; loaded while the daemon works
 
                 return connection.answer(wanted.silence_s(), reporter.progress)
             except DaemonGone:  # it was just ending, or was killed: the next one answers

@@ -37,11 +37,11 @@ def attach(
     namespace: str | None = None,
     on_attached: Callable[[Mounted], None] | None = None,
 ) -> Mounted:
-    """Attaches the root of `lease` at the directory `target` and reports it; only what is complete appears there.
+    """Attaches the root of `lease` at the directory `target` and reports it. Only the complete root appears there.
 
-    `attributes`: mountapi.MOUNT_*. `upper`: below an overlay with that one, which stays the caller's. `namespace`: a
-    mount namespace to enter before (the process then stays in it). `on_attached` is told as soon as the mount is
-    there, with no signal in between. Raises LazyfsError; then nothing is attached.
+    `attributes`: mountapi.MOUNT_*. `upper`: an upper directory, the caller's, for an overlay on the root. `namespace`:
+    a mount namespace to enter before; the process stays in it. `on_attached` is called as soon as the mount is there,
+    with no signal in between. Raises LazyfsError; then nothing is attached.
     """
     if lease.fd is None:  # the fuse process put it there
         mounted = _mounted(lease, target, lease.dev, None)
@@ -81,7 +81,7 @@ def _mounted(lease: Lease, target: str, dev: tuple[int, int], upper: Upper | Non
 
 
 def _put(fd: int, mounted: Mounted, on_attached: Callable[[Mounted], None] | None) -> None:
-    """Attaches `fd`. While signals are blocked `on_attached` hears of it, so that none ends us in between."""
+    """Attaches `fd`. Signals are blocked until `on_attached` has run, so that none ends the process in between."""
     from lazyfs.system import detached
 
     if on_attached is None:

@@ -13,10 +13,9 @@ from lazyfs.mounting.attach import Mounted
 
 
 def hold(mount: Callable[[Callable[[Mounted], None]], Mounted]) -> None:
-    """Calls `mount` and returns when somebody has unmounted the result, which `mount` tells to its argument as
-    soon as it is attached (mount.mount, `on_attached`). SIGTERM and SIGINT, at any time, unmount it: lazily, so
-    that busy files do not keep the command from ending. SIGINT then goes on as KeyboardInterrupt, SIGTERM as
-    SystemExit(0)."""
+    """Calls `mount` and returns when somebody has unmounted the result. `mount` passes the result to its argument as
+    soon as it is attached (mount.mount, `on_attached`). SIGTERM and SIGINT, at any time, unmount it, lazily, so that
+    busy files do not keep the command from ending; then SIGINT raises KeyboardInterrupt, SIGTERM SystemExit(0)."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)

@@ -43,7 +43,7 @@ def fuse_lease(wanted: Wanted, reporter: Reporter) -> Lease:
         try:  # noqa: SIM105 - contextlib takes 2 ms to import
             os.rmdir(place)
         except OSError:
-            pass  # a mount that never came off is the fuse process's to remove
+            pass  # a mount is still there, which the fuse process removes
 
 
 def _start(wanted: Wanted, place: str, reporter: Reporter) -> Lease:
@@ -61,7 +61,7 @@ def _start(wanted: Wanted, place: str, reporter: Reporter) -> Lease:
             "op": "fuse_mount",
             **wanted.request(),
             "target": place,
-            # Root's mounts are for everybody, as those of the kernel backend are; modes are checked.
+            # Root's mounts are for all users, as with the kernel backend; the kernel checks modes.
             "allow_other": wanted.allow_other or host.is_root(),
             "exec": wanted.executable,
         }
@@ -77,7 +77,7 @@ def _start(wanted: Wanted, place: str, reporter: Reporter) -> Lease:
         reply = until_indexed(wanted, ask, reporter)
     except BaseException:
         if connection is not None:
-            connection.close()  # it ends by that; but it may hang
+            connection.close()  # that ends the process, unless it hangs
         if process is not None and process.poll() is None:
             process.end()
         raise

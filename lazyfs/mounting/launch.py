@@ -1,7 +1,6 @@
-"""Starts the processes behind mounts: the keeper (with its daemon) of a cache, and one fusemount per mount.
+"""Starts the processes behind mounts: the keeper (with its daemon) of a cache, and a fuse process for each mount.
 
-Both outlive the command that starts them: own session, output to daemon.log; they themselves move
-to "/".
+They outlive the command that starts them: each has a session of its own, writes to daemon.log, and changes to "/".
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ START_DEADLINE_S = 20.0  # starting Python and binding a socket takes 0.1 s; a l
 END_DEADLINE_S = 5.0
 
 
+MAX_LOG_BYTES = 8 * 1024 * 1024  # a larger log is renamed when a process starts
+
+
 class StartError(HostError):
     """A process of lazyfs did not start, or ended at once."""
 
 
-MAX_LOG_BYTES = 8 * 1024 * 1024  # above that the old log is put aside when a process starts
-
-
 class Child:
-    """A process that this one started. What `subprocess` does, less the 11 ms that importing it takes."""
+    """A process that this one started. `subprocess` would take 11 ms to import."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -38,15 +37,15 @@ class Child:
         if self._status is None:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
-            except ChildProcessError:  # whoever called us ignores SIGCHLD
+            except ChildProcessError:  # the parent has set SIGCHLD to be ignored
                 pid, status = self._pid, 0
             if pid:
                 self._status = os.waitstatus_to_exitcode(status)
         return self._status
 
     def end(self) -> None:
-        """Ends a process that is of no use any more, by force if it does not obey within seconds."""
-        import signal  # 4 ms, with enum: few commands have to end a process
+        """Ends the process, by SIGKILL if SIGTERM does not end it within seconds."""
+        import signal  # takes 4 ms, with enum, and few commands end a process
 
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + END_DEADLINE_S
@@ -98,9 +97,9 @@ def last_words(log: str) -> str:
 
 
 def service_manager_prefix(runtime: str, membership: str = "/proc/self/cgroup") -> list[str]:
-    """Started by a systemd mount unit (fstab), the daemon would live in that unit's control group and be
-    killed when *that* mount is unmounted, under all others. There it gets a unit of its own: the command
-    line to put before the daemon's. `membership`: cgroups(7), /proc/PID/cgroup."""
+    """The command line to put before the daemon's, if a systemd mount unit (fstab) starts it: it gives the daemon a
+    unit of its own. In the mount unit's control group the daemon would be killed when that one mount is unmounted,
+    under all others. `membership`: cgroups(7), /proc/PID/cgroup."""
     try:
         with open(membership, encoding="ascii", errors="replace") as file:
             in_mount_unit = any(line.rstrip().endswith(".mount") for line in file)
@@ -137,7 +136,7 @@ def connect_or_start(cache: str, runtime: str) -> Connection:
         else:
             return connection
         status = keeper.poll()
-        if status and prefix:  # the service manager cannot: better a daemon in this control group than none
+        if status and prefix:  # the service manager failed: better a daemon in this control group than none
             prefix = []
             keeper = _spawn(command, log)
         elif status:
@@ -145,8 +144,7 @@ def connect_or_start(cache: str, runtime: str) -> Connection:
                 f"the daemon did not start: {last_words(log) or f'exit code {status}'}", f"see {log}"
             )
         elif status == 0:
-            # Another keeper holds the lock: it is about to listen, or just ending. In the second case the
-            # lock is free in a moment.
+            # Another keeper holds the lock. It is about to listen, or about to end and free the lock.
             time.sleep(0.05)
             keeper = _spawn(prefix + command, log)
         time.sleep(pause_s)
@@ -158,25 +156,13 @@ def connect_or_start(cache: str, runtime: str) -> Connection:
 def start_fusemount(
     cache: str, runtime: str, image: str, target: str
 ) -> tuple[Connection, Child]:
-    """A ``lazyfs.daemon.fuseworker`` process that waits for its "fuse_mount" request on the connection returned.
-    Image and target are on its command line for ps only. It ends by itself when we close the connection
-    without having reported the mount as attached. Raises HostError."""
+    """A ``lazyfs.daemon.fuseworker`` process that waits for its "fuse_mount" request on the returned connection. Image
+    and target are on its command line for ps only. It ends if the connection is closed before the mount was reported
+    as attached. Raises HostError."""
     ours, theirs = pair()
     try:
-        command = python_command(
-            "lazyfs.daemon.fuseworker",
-            *(
-                "--cache",
-                cache,
-                "--runtime",
-                runtime,
-                "--status-fd",
-                str(theirs.fileno()),
-                "--",
-                image,
-                target,
-            ),
-        )
+        words = ("--cache", cache, "--runtime", runtime, "--status-fd", str(theirs.fileno()), "--", image, target)
+        command = python_command("lazyfs.daemon.fuseworker", *words)
         process = _spawn(command, rundir.log_file(runtime), (theirs.fileno(),))
     except BaseException:
         ours.close()

@@ -1,4 +1,4 @@
-"""A root that a process of lazyfs holds for us: what is asked for, and what is got. Attaching it is another matter."""
+"""A root that a process of lazyfs holds for this one: what is asked for, and the lease. attach.py attaches it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SILENCE_ALLOWANCE_S = 30.0  # beyond timeout_s, until a silent daemon is given u
 
 class Wanted(NamedTuple):
     """The root that is asked for. `backend`: kernel, fuse, or auto: fuse if the kernel cannot. `place`: where an
-    ordinary user's fuse process mounts it, as such a user's mounts cannot be moved. `cache`, `runtime`: directories."""
+    ordinary user's fuse process mounts it, because such a user cannot move mounts. `cache`, `runtime`: directories."""
 
     image: str
     access: Access
@@ -53,13 +53,14 @@ class Wanted(NamedTuple):
 
 
 class Lease:
-    """An image's root, held by a daemon or a fuse process as long as this is, or something attached was reported.
+    """A daemon or fuse process holds an image's root until this is released, or as long as what was reported is
+    attached.
 
-    It owns `fd`, the detached root, or None if the fuse process mounted it at `place` itself, and a connection.
+    It owns a connection, and `fd`: the detached root, None if the fuse process mounted it at `place`.
     """
 
     def __init__(self, wanted: Wanted, connection: Connection, reply: dict[str, Any], backend: str) -> None:
-        """`reply`: what the process said of the root; its descriptor is added by who has it."""
+        """`reply`: what the process said of the root. The caller sets `fd`."""
         self.image = str(reply.get("image") or wanted.image)  # canonical
         self.manifest_digest = str(reply.get("manifest_digest") or "")
         self.backend = backend  # kernel or fuse
@@ -70,12 +71,12 @@ class Lease:
 
     @property
     def dev(self) -> tuple[int, int]:
-        """That of the EROFS or FUSE file system."""
+        """The device of the EROFS or FUSE file system."""
         return dev_of(str(self.wanted.place) if self.fd is None else self.fd)
 
     def report(self, dev: tuple[int, int], target: str, ephemeral_upper: str | None = None) -> None:
-        """Says where the root was attached: from then on it is held by that, not by this lease. `dev`: of what lies
-        at `target`, an overlay's perhaps. Raises LazyfsError."""
+        """Reports where the root was attached. From then on that holds it, not this lease. `dev`: of what lies at
+        `target`, perhaps an overlay. Raises LazyfsError."""
         attached = {
             "dev": messages.format_dev(dev),
             "target": target,
@@ -88,12 +89,12 @@ class Lease:
         except DaemonGone:
             if self.backend == "fuse":
                 raise
-            # It died just now; its successor learns it.
+            # The daemon died just now: its successor is told.
             with launch.connect_or_start(self.wanted.cache, self.wanted.runtime) as again:
                 again.ask(request)
 
     def release(self) -> None:
-        """Ends it. What was attached and reported stays. Idempotent."""
+        """Ends the lease. What was attached and reported stays. Idempotent."""
         self._connection.close()
         if self.fd is not None:
             os.close(self.fd)
@@ -107,7 +108,7 @@ class Lease:
 
 
 class Reporter(NamedTuple):
-    """Who hears how it goes: lines of text, and `bars` while layers of an image without an index are read."""
+    """Where progress is shown: lines of text, and `bars` while layers of an image without an index are read."""
 
     progress: Progress = lambda text: None
     bars: Bars | None = None
@@ -117,7 +118,7 @@ SILENT = Reporter()
 
 
 def until_indexed(wanted: Wanted, ask: Callable[[], dict[str, Any]], reporter: Reporter) -> dict[str, Any]:
-    """The answer of `ask`, after having built the index that it says is missing."""
+    """The answer of `ask`. If that says that the index is missing, builds the index and asks again."""
     reply = ask()
     if reply.get("needs_index") is not True:
         return reply
@@ -131,7 +132,7 @@ def until_indexed(wanted: Wanted, ask: Callable[[], dict[str, Any]], reporter: R
     from lazyfs.indexing.missing import build_missing_index
 
     known = reply.get("manifest_digest")
-    known = known if isinstance(known, str) else None  # the very one that was found to lack an index
+    known = known if isinstance(known, str) else None  # of the manifest that was found to lack an index
     build_missing_index(image, wanted.cache, wanted.access, wanted.push_index, reporter.bars, known)
     reply = ask()
     if reply.get("needs_index") is True:

@@ -1,7 +1,4 @@
-"""`lazyfs mount` as a function: a root is acquired, attached at the target, and left there.
-
-An overlay for `rw` is put on it, and only the finished root appears at the target.
-"""
+"""`lazyfs mount` as a function: acquires a root, for `rw` puts an overlay on it, and attaches it at the target."""
 
 from __future__ import annotations
 
@@ -33,9 +30,9 @@ def mount(
     reporter: Reporter = SILENT,
     on_attached: Callable[[Mounted], None] | None = None,
 ) -> Mounted:
-    """Mounts `image` at the directory `target` and returns when the root is usable. `namespace`: a mount
-    namespace file to enter before attaching (the process then stays in it). `on_attached` is told as soon as
-    the mount is there, with no signal in between. Raises LazyfsError."""
+    """Mounts `image` at the directory `target` and returns when the root is usable. `namespace`: a mount namespace to
+    enter before attaching; the process stays in it. `on_attached` is called as soon as the mount is there, with no
+    signal in between. Raises LazyfsError."""
     image = absolute_reference(image)
     backend = choose_backend(options, namespace)
     if namespace is None:
@@ -90,8 +87,8 @@ def _attributes(options: MountOptions) -> int:
 
 
 def absolute_reference(image: str) -> str:
-    """`oci:DIR` with an absolute DIR: the daemon works in another directory. It is not parsed here: that would load
-    regular expressions, which the daemon has."""
+    """`oci:DIR` with an absolute DIR, because the daemon works in another directory. The daemon parses references:
+    parsing here would load regular expressions."""
     if image.startswith("oci:") and len(image) > 4:
         return "oci:" + os.path.normpath(os.path.join(os.getcwd(), image[4:]))
     return image

@@ -1,4 +1,4 @@
-"""Mount options as mount(8) writes them: ``-o rw,upperdir=/u,"cache=/a,b"``, the last one wins.
+"""Mount options as mount(8) writes them: ``-o rw,upperdir=/u,"cache=/a,b"``. The last one wins.
 
 Paths become absolute here, because the daemon works in another directory.
 """
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "kernel", "fuse")
 
-# Options of mount(8), fstab(5) and systemd.mount(5) that mean something to others, or nothing here: access
-# times are never written to a read-only root, and an overlay keeps the defaults.
+# Options of mount(8), fstab(5) and systemd.mount(5) that are for other programs, or have no effect here: access times
+# are never written to a read-only root, and an overlay keeps the defaults.
 _IGNORED = frozenset(
     (
         *("defaults", "auto", "noauto", "nofail", "_netdev", "_rnetdev", "nouser"),
@@ -59,7 +59,7 @@ class MountOptions(NamedTuple):
     access: Access = Access()
 
     def having(self, **values: object) -> MountOptions:
-        """With these fields, of this record or of `access`."""
+        """A copy with these fields, of this record or of `access`."""
         own = {name: value for name, value in values.items() if name in self._fields}
         access = {name: value for name, value in values.items() if name not in own}
         return self._replace(access=self.access._replace(**access), **own)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def _pair(item: str) -> Iterator[tuple[str, str | None]]:
 
 
 def quote(value: str) -> str:
-    """`value` as it has to be written in an option string, so that `split` gives it back."""
+    """`value` as an option string must have it for `split` to give it back."""
     return value.replace("\\", "\\\\").replace('"', '\\"').replace(",", "\\,")
 
 
@@ -163,7 +163,7 @@ def _platform(name: str, value: str | None, _: str | None) -> str:
         ) from None
 
 
-# All options: an option is parsed, suggested and explained because it stands here.
+# All options. An entry here is all that an option needs to be parsed, suggested and explained.
 OPTIONS = (
     _flag("ro", "", writable=False),
     _flag("rw", "read-only (default); or writable, by an overlay whose upper\ndirectory is thrown away at the end",
@@ -202,7 +202,7 @@ _OF_USERS = ("user", "owner", "group")  # mount(8) takes a name behind them
 
 
 def help_text() -> str:
-    """The table, for people."""
+    """The table, as help."""
     lines = ["mount options (-o, separated by commas; a value with a comma goes in double quotes):\n"]
     for option in OPTIONS:
         if option.text:

@@ -13,15 +13,15 @@ from lazyfs.mounting.options import MountOptions
 from lazyfs.system.detached import overlay_mount_detached
 from lazyfs.system.syscalls import SyscallError
 
-# metacopy: a chmod or chown copies up no data, so fetches none. index=off: whatever the distribution's
-# default, an upper directory may be used again on another mount of the image.
+# metacopy: a chmod or chown copies up no data, so fetches none. index=off: an upper directory can be used again on
+# another mount of the image, whatever the distribution's default is.
 _OPTIONS = ("index=off", "metacopy=on")
 _PLAIN_OPTIONS = ("index=off",)
 
 
 class Upper(NamedTuple):
     """An upper directory and its work directory, on one file system. `ephemeral`: their record in the cache, which ends
-    with the mount; None: they are the user's own."""
+    with the mount; None if the user named them."""
 
     upper: str
     work: str
@@ -32,20 +32,19 @@ class Upper(NamedTuple):
         return self.ephemeral.path if self.ephemeral is not None else None
 
     def close(self) -> None:
-        """The mount is there, and its daemon knows of it."""
+        """Releases it, once the mount is there and its daemon holds it."""
         if self.ephemeral is not None:
             self.ephemeral.close()
 
     def discard(self) -> None:
-        """There will be no mount. An ephemeral one is removed; nothing happens to the user's own."""
+        """Removes an ephemeral one, because there will be no mount. The user's own stays as it is."""
         if self.ephemeral is not None:
             self.ephemeral.discard()
 
 
 def prepare_upper(options: MountOptions, lease: Lease) -> Upper:
-    """The upper directory that `options` name, or a new one in the cache. An empty one takes over the owner,
-    mode, times and attributes of the root of the lease, because overlayfs shows those of the upper root.
-    Raises UserError, HostError."""
+    """The upper directory that `options` name, or a new one in the cache. An empty one gets owner, mode, times and
+    attributes of the lease's root, because overlayfs shows those of the upper root. Raises UserError, HostError."""
     assert lease.fd is not None, "an ordinary user's root has no overlay"
     cache, lower_fd = lease.wanted.cache, lease.fd
     if options.upperdir is None:
@@ -95,7 +94,7 @@ def _take_over_root(lower_fd: int, upper: str) -> None:
 
 
 def overlay(lower_fd: int, upper: Upper, attributes: int) -> int:
-    """A detached overlay mount; its descriptor is the caller's. Raises HostError."""
+    """A descriptor of a detached overlay mount; the caller owns it. Raises HostError."""
     # An ephemeral upper is thrown away, so it need never be synced to disk (volatile).
     extra = ("volatile",) if upper.ephemeral else ()
     try:

@@ -34,8 +34,8 @@ def check_target(target: str) -> str:
 
 
 def enter_mount_namespace(path: str) -> None:
-    """Moves this (single-threaded) process into the mount namespace `path`, e.g. /proc/PID/ns/mnt, or that
-    of process `path`, a number. Raises UserError, HostError."""
+    """Moves this (single-threaded) process into the mount namespace `path`, e.g. /proc/PID/ns/mnt; if `path` is a
+    number, into that of the process. Raises UserError, HostError."""
     import ctypes
 
     from lazyfs.system.mountapi import CLONE_NEWNS

@@ -27,9 +27,9 @@ find = query.lazyfs_mount
 
 
 def umount(target: str, *, lazy: bool = False, wait: bool = False, wait_s: float = WAIT_S) -> None:
-    """Unmounts the lazyfs mount at `target`. `lazy`: now out of the tree, ended when its last user goes.
-    `wait`: return only when the process behind it has let go of it (and of an ephemeral upper directory), at
-    most `wait_s` later. Raises UserError, Busy, HostError."""
+    """Unmounts the lazyfs mount at `target`. `lazy`: detaches it now; it ends when its last user goes. `wait`: returns
+    only when the process behind it has let go of it (and of an ephemeral upper directory), at most `wait_s` later.
+    Raises UserError, Busy, HostError."""
     entry = query.required_mount(target)
     served = query.serving(entry.dev) if wait else None
     process_fd = _process_of(served) if served is not None and entry.fstype == "fuse.lazyfs" else None
@@ -41,7 +41,7 @@ def umount(target: str, *, lazy: bool = False, wait: bool = False, wait_s: float
         if process_fd is not None:
             poll = select.poll()
             poll.register(process_fd, select.POLLIN)
-            # A process that serves further mounts of the image stays; ours is off its list then.
+            # A process that serves further mounts of the image stays, but does not list this one any more.
             deadline = time.monotonic() + wait_s
             while not poll.poll(100) and _is_listed(served, entry.dev):
                 _check_deadline(deadline, target, wait_s)
@@ -128,9 +128,9 @@ def _busy(entry: MountEntry) -> Busy:
 
 
 def users_of(mountpoint: str) -> list[tuple[int, str]]:
-    """Processes (pid, name) with a root, a working directory, a program, an open or a mapped file below
-    `mountpoint`. Read from /proc without touching the mount, so a dead daemon cannot block it. Processes of
-    others are left out unless one is root."""
+    """Processes (pid, name) with a root, a working directory, a program, an open or a mapped file below `mountpoint`.
+    Reads /proc without touching the mount, so that a dead daemon cannot block it. Only root sees the processes of
+    other users."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid() and _uses(f"/proc/{name}", mountpoint):
