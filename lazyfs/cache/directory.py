@@ -23,6 +23,7 @@ from lazyfs.cache import places
 from lazyfs.cache.layer import DATA, PRESENT, TABLE, CachedLayer, allocate
 from lazyfs.cache.locks import lock_shared
 from lazyfs.core.layer.blocks import BlockTable
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.errors import HostError, ImageError
 
 _VERSION = b"1\n"
@@ -56,15 +57,15 @@ class CacheDirectory:
 
     # -- where things are, whether they exist or not ------------------------------------------------------
 
-    def layer_path(self, content_root: str) -> str:
+    def layer_path(self, content_root: ContentRoot) -> str:
         """The directory of a layer's entry."""
         return os.path.join(self.path, places.LAYERS, content_root)
 
-    def image_path(self, manifest_digest: str) -> str:
+    def image_path(self, manifest_digest: Digest) -> str:
         """The directory of an image's documents and index."""
         return places.image_path(self.path, manifest_digest)
 
-    def scan_path(self, blob_digest: str) -> str:
+    def scan_path(self, blob_digest: Digest) -> str:
         """The directory of the index of a layer."""
         return os.path.join(self.path, places.SCANS, blob_digest.removeprefix("sha256:"))
 
@@ -110,11 +111,11 @@ class CacheDirectory:
 
     # -- layers ------------------------------------------------------------------------------------------
 
-    def has_layer(self, content_root: str) -> bool:
+    def has_layer(self, content_root: ContentRoot) -> bool:
         """Whether a layer seems to be here: open_layer() will tell."""
         return os.path.exists(os.path.join(self.layer_path(content_root), TABLE))
 
-    def open_layer(self, content_root: str) -> CachedLayer | None:
+    def open_layer(self, content_root: ContentRoot) -> CachedLayer | None:
         """The layer's entry, locked against eviction; None if there is none. The caller closes it.
 
         ImageError: the entry is damaged; create_layer() replaces it. HostError: it cannot be opened.
@@ -134,7 +135,7 @@ class CacheDirectory:
                 return CachedLayer(path, lock_fd)
             os.close(lock_fd)
 
-    def create_layer(self, content_root: str, table: bytes) -> CachedLayer:
+    def create_layer(self, content_root: ContentRoot, table: bytes) -> CachedLayer:
         """Opens the layer's entry; makes an empty one if there is none that is whole. The caller closes it.
 
         ImageError: `table` does not have that content root. HostError: the disk is full or fails.
@@ -154,7 +155,7 @@ class CacheDirectory:
             f"the cache entry of layer {content_root[:12]} keeps vanishing", "is a cleaner at work?"
         )
 
-    def _make_layer(self, content_root: str, table: bytes, opened: BlockTable) -> None:
+    def _make_layer(self, content_root: ContentRoot, table: bytes, opened: BlockTable) -> None:
         path = self.layer_path(content_root)
         temporary = ""
         try:
@@ -175,7 +176,7 @@ class CacheDirectory:
             if not os.path.exists(os.path.join(path, places.LOCK)):  # else another process was faster
                 self.set_aside(path)
 
-    def peek(self, content_root: str) -> tuple[BlockTable, memoryview] | None:
+    def peek(self, content_root: ContentRoot) -> tuple[BlockTable, memoryview] | None:
         """A layer's block table and its marks (0: absent) of this moment; None if there is no whole entry.
 
         Takes no lock and does not count as use: the entry may be evicted at any time.
@@ -201,6 +202,7 @@ class CacheDirectory:
             os.rename(path, grave)
         return grave
 
-    def content_roots(self) -> list[str]:
+    def content_roots(self) -> list[ContentRoot]:
         """Content roots of all layers that have an entry."""
-        return sorted(name for name in os.listdir(os.path.join(self.path, places.LAYERS)) if len(name) == 64)
+        names = os.listdir(os.path.join(self.path, places.LAYERS))
+        return sorted(ContentRoot(name) for name in names if len(name) == 64)

@@ -17,6 +17,7 @@ from lazyfs.cache import uppers
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.locks import exclusive
 from lazyfs.cache.places import LOCK, REMOVED
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.reference import is_digest
 from lazyfs.errors import LazyfsError
 
@@ -96,12 +97,12 @@ def collect(cache: CacheDirectory, max_bytes: int | None) -> tuple[int, int]:
     for path in cache.reference_paths():
         with contextlib.suppress(OSError), open(path, "rb") as file:
             digest = file.read(256).decode("ascii", "replace")
-            if not is_digest(digest) or not os.path.exists(cache.image_path(digest)):
+            if not is_digest(digest) or not os.path.exists(cache.image_path(Digest(digest))):
                 os.unlink(path)
     return freed, total - freed
 
 
-def verify(cache: CacheDirectory) -> tuple[int, int, list[str]]:
+def verify(cache: CacheDirectory) -> tuple[int, int, list[ContentRoot]]:
     """Checks every present block against its sha256 and marks damaged ones absent, so that they are fetched again.
 
     Returns the number of blocks checked, the number of damaged ones, and the content roots of entries that cannot be

@@ -13,6 +13,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.layer import DATA, PRESENT, TABLE, write_block
 from lazyfs.cache.places import LOCK
 from lazyfs.core.layer.blocks import BlockTable
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import HostError
 
 
@@ -35,7 +36,7 @@ class LayerFill:
         self._marks.append(xxhash.xxh3_64_intdigest(content) or 1)
         write_block(self._data_fd, content, address)
 
-    def publish(self, content_root: str, table: bytes) -> None:
+    def publish(self, content_root: ContentRoot, table: bytes) -> None:
         """Makes the cache entry, complete. If one exists already, fills in its missing blocks. HostError: disk."""
         opened = BlockTable(table)
         if opened.count != len(self._marks):
@@ -60,7 +61,7 @@ class LayerFill:
         finally:
             self.discard()
 
-    def _merge(self, content_root: str, table: BlockTable) -> None:
+    def _merge(self, content_root: ContentRoot, table: BlockTable) -> None:
         layer = self._cache.create_layer(content_root, bytes(table.buffer))
         try:
             for block in layer.missing(range(table.count)):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from lazyfs.cache import places
 from lazyfs.cache.directory import CacheDirectory
+from lazyfs.core.oci.digests import Digest
 from lazyfs.errors import HostError
 
 # The index of an image as this host made it, and as a registry had it. Two names, for they are not trusted alike: a new
@@ -27,12 +28,12 @@ _V1, _V1_WINDOWS = "index", "windows"
 _INDEXES = (_MADE, _ATTACHED, _V1)
 
 
-def index_directory(cache: CacheDirectory, manifest_digest: str) -> str:
+def index_directory(cache: CacheDirectory, manifest_digest: Digest) -> str:
     """Where everything about one image manifest is kept."""
     return cache.image_path(manifest_digest)
 
 
-def make_index_directory(cache: CacheDirectory, manifest_digest: str) -> str:
+def make_index_directory(cache: CacheDirectory, manifest_digest: Digest) -> str:
     """Makes that place, or notes that it is in use; returns it. HostError: disk."""
     directory = index_directory(cache, manifest_digest)
     try:
@@ -51,26 +52,26 @@ class KeptIndex(NamedTuple):
     attached: bool  # a registry had it, so that what is missing here can be fetched from there
 
 
-def has_index(cache: CacheDirectory, manifest_digest: str) -> bool:
+def has_index(cache: CacheDirectory, manifest_digest: Digest) -> bool:
     """Whether an index of that image is in the cache, of whatever version."""
     directory = index_directory(cache, manifest_digest)
     return any(os.path.exists(os.path.join(directory, name)) for name in _INDEXES)
 
 
-def kept_indexes(cache: CacheDirectory, manifest_digest: str) -> list[KeptIndex]:
+def kept_indexes(cache: CacheDirectory, manifest_digest: Digest) -> list[KeptIndex]:
     """The indexes of version 2 that are kept of an image, the one to take first. HostError: disk."""
     directory = index_directory(cache, manifest_digest)
     found = [(read_file(os.path.join(directory, name)), name == _ATTACHED) for name in (_MADE, _ATTACHED)]
     return [KeptIndex(blob, attached) for blob, attached in found if blob is not None]
 
 
-def keep_index(cache: CacheDirectory, manifest_digest: str, blob: bytes, *, attached: bool) -> None:
+def keep_index(cache: CacheDirectory, manifest_digest: Digest, blob: bytes, *, attached: bool) -> None:
     """Files an index of version 2. `attached`: it came from a registry; else this host made it out of the layers."""
     directory = make_index_directory(cache, manifest_digest)
     cache.write_atomically(os.path.join(directory, _ATTACHED if attached else _MADE), blob)
 
 
-def kept_v1_index(cache: CacheDirectory, manifest_digest: str) -> tuple[bytes, str] | None:
+def kept_v1_index(cache: CacheDirectory, manifest_digest: Digest) -> tuple[bytes, str] | None:
     """An index of version 1 that is kept of an image, and the digest of its windows blob."""
     directory = index_directory(cache, manifest_digest)
     blob = read_file(os.path.join(directory, _V1))
@@ -79,21 +80,21 @@ def kept_v1_index(cache: CacheDirectory, manifest_digest: str) -> tuple[bytes, s
     return blob, (read_file(os.path.join(directory, _V1_WINDOWS)) or b"").decode("ascii", "replace")
 
 
-def keep_v1_index(cache: CacheDirectory, manifest_digest: str, blob: bytes, windows_digest: str) -> None:
+def keep_v1_index(cache: CacheDirectory, manifest_digest: Digest, blob: bytes, windows_digest: str) -> None:
     """Files an index of version 1; the index itself last, since its presence says that all is there."""
     directory = make_index_directory(cache, manifest_digest)
     cache.write_atomically(os.path.join(directory, _V1_WINDOWS), windows_digest.encode())
     cache.write_atomically(os.path.join(directory, _V1), blob)
 
 
-def forget_indexes(cache: CacheDirectory, manifest_digest: str) -> None:
+def forget_indexes(cache: CacheDirectory, manifest_digest: Digest) -> None:
     """Removes all that are kept of an image: they have turned out to be of no use."""
     for name in _INDEXES:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(index_directory(cache, manifest_digest), name))
 
 
-def namespace_path(cache: CacheDirectory, manifest_digest: str) -> str:
+def namespace_path(cache: CacheDirectory, manifest_digest: Digest) -> str:
     """Where the namespace of an image is, as a file for the kernel."""
     return os.path.join(index_directory(cache, manifest_digest), places.NAMESPACE)
 
@@ -124,7 +125,7 @@ class WindowGroups:
         write_small(self._directory, str(offset), stored)
 
 
-def v1_windows(cache: CacheDirectory, manifest_digest: str) -> WindowGroups:
+def v1_windows(cache: CacheDirectory, manifest_digest: Digest) -> WindowGroups:
     """The groups of windows that are kept of an index of version 1."""
     return WindowGroups(os.path.join(index_directory(cache, manifest_digest), "groups"))
 

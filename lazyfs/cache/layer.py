@@ -24,6 +24,7 @@ import threading
 import xxhash
 
 from lazyfs.core.layer.blocks import PAGE_BYTES, BlockTable, page_align
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import HostError, ImageError
 
 # Names in an entry, besides LOCK.
@@ -72,7 +73,7 @@ class CachedLayer:
         ImageError: the entry is damaged (a power cut, bit rot). HostError: it cannot be opened.
         """
         self.path = path
-        self.content_root = os.path.basename(path)
+        self.content_root = ContentRoot(os.path.basename(path))
         data_fd = -1
         try:
             self.table = _open_table(path, self.content_root)
@@ -343,7 +344,7 @@ def _state(data_fd: int) -> bytes:
     return b"%s %d %d\n" % (_boot_id(), status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _open_table(path: str, content_root: str) -> BlockTable:
+def _open_table(path: str, content_root: ContentRoot) -> BlockTable:
     """The block table, mapped. It is hashed here, because all else in the entry is verified against it."""
     with open(os.path.join(path, TABLE), "rb") as file:
         if not os.fstat(file.fileno()).st_size:

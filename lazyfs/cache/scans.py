@@ -24,7 +24,7 @@ from lazyfs.cache.images import index_directory, kept_indexes, read_file, write_
 from lazyfs.cache.locks import lock_shared
 from lazyfs.core.index.imageindex import ImageIndex, LayerPart
 from lazyfs.core.index.layerindex import LayerHead
-from lazyfs.core.oci.digests import DiffId, sha256_digest
+from lazyfs.core.oci.digests import DiffId, Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.errors import HostError, ImageError
 
@@ -35,7 +35,7 @@ class KeptLayerIndex:
     Methods are synchronous, and may be called from any thread.
     """
 
-    def __init__(self, cache: CacheDirectory, blob_digest: str, index_digest: str) -> None:
+    def __init__(self, cache: CacheDirectory, blob_digest: Digest, index_digest: Digest) -> None:
         """HostError: the disk is full or fails."""
         self._lock_fd = -1
         directory = _directory(cache, blob_digest)
@@ -129,7 +129,7 @@ def load_made(cache: CacheDirectory, layer: Descriptor, diff_id: DiffId) -> Made
     return None
 
 
-def made_bytes(cache: CacheDirectory, blob_digest: str) -> int | None:
+def made_bytes(cache: CacheDirectory, blob_digest: Digest) -> int | None:
     """How large the index is that this host made of a layer, or None if there is none."""
     directory = _directory(cache, blob_digest)
     for name in _made_names(directory):
@@ -155,7 +155,7 @@ def keep_made(cache: CacheDirectory, made: MadeLayer) -> None:
         raise HostError(f"cannot write to the cache: {error.strerror}", "check the disk") from None
 
 
-def copy_index(cache: CacheDirectory, other: CacheDirectory, manifest_digest: str) -> None:
+def copy_index(cache: CacheDirectory, other: CacheDirectory, manifest_digest: Digest) -> None:
     """Gives another cache all that this one has of the index of an image, but no data of its layers. OSError."""
     shutil.copytree(
         index_directory(cache, manifest_digest), index_directory(other, manifest_digest), dirs_exist_ok=True
@@ -190,7 +190,7 @@ def _chain_path(cache: CacheDirectory, layers: Sequence[Descriptor]) -> str:
     return os.path.join(_directory(cache, layers[-1].digest), f"chain-{chain}")
 
 
-def _directory(cache: CacheDirectory, blob_digest: str) -> str:
+def _directory(cache: CacheDirectory, blob_digest: Digest) -> str:
     return cache.scan_path(blob_digest)
 
 

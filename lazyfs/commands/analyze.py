@@ -35,6 +35,7 @@ from lazyfs.containers.store import ContainerStore
 from lazyfs.control import client, query, rundir
 from lazyfs.core.index.analysis import ImageAnalysis, analyse
 from lazyfs.core.layer.blocks import BlockTable
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
@@ -66,10 +67,10 @@ def analyze(args: argparse.Namespace) -> int:
     return code
 
 
-def _index(cache: CacheDirectory, image: str, options: MountOptions) -> tuple[str, str, Found]:
+def _index(cache: CacheDirectory, image: str, options: MountOptions) -> tuple[str, Digest, Found]:
     """Reference, manifest digest and index of an image. An index that is neither cached nor attached is made and kept,
     but no data."""
-    found: list[tuple[str, str, Found]] = []
+    found: list[tuple[str, Digest, Found]] = []
 
     async def work() -> None:
         async with resolved_image(cache, image, options.access) as resolved:
@@ -89,12 +90,12 @@ def _index(cache: CacheDirectory, image: str, options: MountOptions) -> tuple[st
     return found[0]
 
 
-def _present(cache: CacheDirectory, content_root: str, table: BlockTable) -> Sequence[int]:
+def _present(cache: CacheDirectory, content_root: ContentRoot, table: BlockTable) -> Sequence[int]:
     entry = cache.peek(content_root)
     return bytes(table.count) if entry is None else entry[1]
 
 
-def _blocks_of_others(cache: CacheDirectory, own: set[str]) -> set[bytes]:
+def _blocks_of_others(cache: CacheDirectory, own: set[ContentRoot]) -> set[bytes]:
     """sha256 of all blocks that the cache has of layers that this image, which has `own`, does not have."""
     digests: set[bytes] = set()
     for content_root in cache.content_roots():
@@ -123,7 +124,7 @@ class _CountingRoots(MountedRoots):
         super().detach(target)
 
 
-def _start(cache: CacheDirectory, manifest_digest: str, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+def _start(cache: CacheDirectory, manifest_digest: Digest, args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Runs the command in a container with an empty cache; its exit code, and what it read."""
     with _empty_cache(cache, manifest_digest) as private:
         request = RunRequest(
@@ -150,7 +151,7 @@ def _start(cache: CacheDirectory, manifest_digest: str, args: argparse.Namespace
 
 
 @contextlib.contextmanager
-def _empty_cache(cache: CacheDirectory, manifest_digest: str) -> Iterator[CacheDirectory]:
+def _empty_cache(cache: CacheDirectory, manifest_digest: Digest) -> Iterator[CacheDirectory]:
     """A cache that has an image's index and none of its data. It is removed afterwards, and its daemon ended."""
     directory = tempfile.mkdtemp(prefix="analyze-", dir=cache.tmp)
     try:

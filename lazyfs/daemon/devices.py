@@ -12,6 +12,7 @@ import trio
 
 from lazyfs.cache.layer import LayerClosed
 from lazyfs.core.deadlines import answer_s
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.daemon.state import ReleasedLayer
 from lazyfs.errors import ImageError, RemoteError, Unsupported
 from lazyfs.fuse.device import Device
@@ -54,7 +55,7 @@ class DeviceTable:
             if known.content_root != layer.content_root:
                 raise Unsupported("two layers have the same node id", "mount the image with backend=fuse")
 
-    def release(self, layers: Iterable[ReleasedLayer], used: Collection[str]) -> None:
+    def release(self, layers: Iterable[ReleasedLayer], used: Collection[ContentRoot]) -> None:
         """Called before the image of these layers is closed. `used`: content roots that other open images have, too."""
         for layer in layers:
             if layer.content_root not in used:
@@ -67,7 +68,7 @@ class DeviceTable:
         for layer in layers:
             self._released.setdefault(node_of(layer.content_root), layer)
 
-    async def revive(self, content_root: str) -> DataDevice:
+    async def revive(self, content_root: ContentRoot) -> DataDevice:
         """Opens the image of a released device. The image then stays open as long as the daemon lives."""
         node = node_of(content_root)
         if node not in self._open:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import trio
 
 from lazyfs.control.requests import Attached, Mount
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.daemon.devices import DeviceTable
 from lazyfs.daemon.keeperlink import KeeperLink
 from lazyfs.daemon.state import SavedRoot
@@ -33,6 +34,7 @@ log = logging.getLogger("lazyfs.daemon")
 
 _RESTORE_S = 3.0  # opening from the cache takes milliseconds; if it fails, reads open the image
 _CLOSE_S = 3.0
+_KEPT_AS = "image:"  # a descriptor's name at the keeper, less the manifest digest
 # A cached file is read at 2.1 GB/s, with the kernel's 128 KiB at 1.5 GB/s.
 _READ_AHEAD_KIB = 1024
 
@@ -45,7 +47,7 @@ class Root:
     access: Access
     timeout_s: float  # the shortest that any of its mounts asked for
     dev: tuple[int, int]
-    direct: frozenset[str]  # content roots of the layers whose data the kernel reads by itself
+    direct: frozenset[ContentRoot]  # content roots of the layers whose data the kernel reads by itself
     targets: list[Attached] = field(default_factory=list)
     holds: set[str] = field(default_factory=set)  # names
     leases: int = 0
@@ -82,8 +84,8 @@ class Root:
         )
 
 
-def _kept_as(manifest_digest: str) -> str:
-    return f"image:{manifest_digest}"
+def _kept_as(manifest_digest: Digest) -> str:
+    return f"{_KEPT_AS}{manifest_digest}"
 
 
 class Lease:
@@ -264,7 +266,7 @@ class Roots:
             for one in saved:
                 nursery.start_soon(self._restore, one)
         kept = {root.kept_as for root in self._roots.values()}
-        for name in [one for one in self._link.held if one.startswith(_kept_as("")) and one not in kept]:
+        for name in [one for one in self._link.held if one.startswith(_KEPT_AS) and one not in kept]:
             self._link.drop(name)  # the predecessor died after it mounted and before it saved its state
 
     async def _restore(self, old: SavedRoot) -> None:

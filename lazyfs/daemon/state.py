@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lazyfs.control.messages import parse_timeout
 from lazyfs.control.requests import Attached, parse_access, parse_attached
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.errors import LazyfsError
 from lazyfs.sources.access import Access
 
@@ -29,9 +30,9 @@ _T = TypeVar("_T")
 class ReleasedLayer(NamedTuple):
     """A released device, and where to find its image, because a private mount namespace may still read it."""
 
-    content_root: str
+    content_root: ContentRoot
     size_bytes: int
-    manifest_digest: str
+    manifest_digest: Digest
     image: str
     access: Access
     timeout_s: float
@@ -42,13 +43,13 @@ class SavedRoot(NamedTuple):
     the kernel reads by itself."""
 
     image: str
-    manifest_digest: str
+    manifest_digest: Digest
     access: Access
     timeout_s: float
     targets: Sequence[Attached]
     holds: Sequence[str]
-    direct: frozenset[str]
-    layers: Sequence[tuple[str, int]]
+    direct: frozenset[ContentRoot]
+    layers: Sequence[tuple[ContentRoot, int]]
 
     def released(self) -> list[ReleasedLayer]:
         """Its devices, for reads that open the image again."""
@@ -127,21 +128,21 @@ def _upgraded(entry: dict[str, Any]) -> dict[str, Any]:
 def _root(entry: dict[str, Any]) -> SavedRoot:
     return SavedRoot(
         str(entry["image"]),
-        str(entry["manifest_digest"]),
+        Digest(str(entry["manifest_digest"])),
         parse_access(entry["access"]),
         parse_timeout(entry["timeout_s"]),
         [parse_attached(target) for target in entry["targets"]],
         [str(name) for name in entry.get("holds", [])],
-        frozenset(map(str, entry.get("direct", []))),
-        [(str(name), int(size_bytes)) for name, size_bytes in entry.get("layers", [])],
+        frozenset(ContentRoot(str(name)) for name in entry.get("direct", [])),
+        [(ContentRoot(str(name)), int(size_bytes)) for name, size_bytes in entry.get("layers", [])],
     )
 
 
 def _released(entry: dict[str, Any]) -> ReleasedLayer:
     return ReleasedLayer(
-        str(entry["content_root"]),
+        ContentRoot(str(entry["content_root"])),
         int(entry["size_bytes"]),
-        str(entry["manifest_digest"]),
+        Digest(str(entry["manifest_digest"])),
         str(entry["image"]),
         parse_access(entry["access"]),
         parse_timeout(entry["timeout_s"]),

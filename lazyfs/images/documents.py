@@ -18,6 +18,7 @@ from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index import imageindex, v1
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.layerindex import LayerHead
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import MAX_CONFIG_BYTES, Descriptor, Manifest, parse_config, parse_manifest
 from lazyfs.core.oci.reference import is_digest
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError
@@ -50,7 +51,7 @@ class Found:
 class Missing(NamedTuple):
     """The image has no index, neither here nor in its registry. `reasons`: a sentence for each that was passed over."""
 
-    manifest_digest: str
+    manifest_digest: Digest
     reasons: tuple[str, ...] = ()
 
 
@@ -187,11 +188,11 @@ class _Finder:
 
 def _numbers(index: ImageIndex | v1.IndexV1, namespace: ErofsReader, all_layers: bool) -> list[int]:
     """Of each layer that is a device of the namespace its first number; or those of all."""
-    first: dict[str, int] = {}
+    first: dict[ContentRoot, int] = {}
     for number, layer in enumerate(index.layers):
         first.setdefault(layer.content_root, number)
     try:
-        used = [first[device.tag.decode("ascii", "replace")] for device in namespace.devices]
+        used = [first[ContentRoot(device.tag.decode("ascii", "replace"))] for device in namespace.devices]
     except KeyError:
         raise ImageError("the namespace in the index names a layer the image does not have") from None
     return list(range(len(index.layers))) if all_layers else used

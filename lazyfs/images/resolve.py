@@ -16,6 +16,7 @@ import trio
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory, make_index_directory, read_file
+from lazyfs.core.oci.digests import Digest, sha256_digest
 from lazyfs.core.oci.documents import MAX_INDEX_DEPTH, Manifest, parse_manifest
 from lazyfs.core.oci.platforms import host_platform, select_platform
 from lazyfs.core.oci.reference import Reference, is_digest, parse_reference
@@ -31,7 +32,7 @@ class Resolved:
     """An image manifest that a reference led to. `source` belongs to the holder, who closes it."""
 
     reference: Reference
-    manifest_digest: str
+    manifest_digest: Digest
     manifest_bytes: bytes
     manifest: Manifest
     source: Source
@@ -60,9 +61,10 @@ async def resolve(
         if known is None and (access.offline or is_digest(reference.selector)):
             known = (read_file(note) or b"").decode("ascii", "replace")
         if known and is_digest(known):
-            found = read_file(os.path.join(index_directory(cache, known), "manifest"))
-            if found is not None and "sha256:" + hashlib.sha256(found).hexdigest() == known:
-                return Resolved(reference, known, found, _image_manifest(found), source)
+            digest = Digest(known)
+            found = read_file(os.path.join(index_directory(cache, digest), "manifest"))
+            if found is not None and sha256_digest(found) == digest:
+                return Resolved(reference, digest, found, _image_manifest(found), source)
         if access.offline:
             raise UserError(f"{reference} is not in the cache", "mount it once without 'offline'")
         digest, raw = await _ask(source, reference, wanted)
@@ -77,13 +79,13 @@ async def resolve(
         raise
 
 
-async def _ask(source: Source, reference: Reference, platform: str) -> tuple[str, bytes]:
+async def _ask(source: Source, reference: Reference, platform: str) -> tuple[Digest, bytes]:
     name = reference.selector
     for _ in range(MAX_INDEX_DEPTH):
         raw, media_type = await source.manifest(name)
         parsed = parse_manifest(raw, media_type)
         if isinstance(parsed, Manifest):
-            return "sha256:" + hashlib.sha256(raw).hexdigest(), raw
+            return sha256_digest(raw), raw
         name = select_platform(parsed, platform).digest
     raise ImageError(f"{reference}: image indexes are nested too deep")
 

@@ -39,7 +39,7 @@ class BuiltIndex:
 def assemble(
     resolved: Resolved,
     made: Sequence[MadeLayer],
-    entries: Mapping[str, list[LayerEntry]],
+    entries: Mapping[Digest, list[LayerEntry]],
     scans: CacheDirectory | None,
 ) -> BuiltIndex:
     """The index of an image whose layers have these indexes. `entries`: by digest of a layer's blob, of layers that
@@ -73,7 +73,7 @@ def assemble(
     return BuiltIndex(index, blobs, sum(part.record.tar_bytes for part in parts))
 
 
-def _known(layers: Sequence[Descriptor], entries: Mapping[str, list[LayerEntry]]) -> int:
+def _known(layers: Sequence[Descriptor], entries: Mapping[Digest, list[LayerEntry]]) -> int:
     """How many of the lowest layers will stay when the image is changed again: those that were not read just now; of
     an image that is new as a whole, all but the last."""
     known = next((n for n, layer in enumerate(layers) if layer.digest in entries), len(layers))

@@ -23,7 +23,7 @@ from lazyfs.core.index.layerindex import LayerScan, encode_layer
 from lazyfs.core.index.record import LayerRecord
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import Compression, detect_compression, encode_points
-from lazyfs.core.oci.digests import DiffId
+from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest
 from lazyfs.core.oci.documents import Descriptor, ImageConfig
 from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.decoding.layers import layer_inflater
@@ -44,7 +44,7 @@ _BATCH_BYTES = 4 << 20
 class LayerProgress:
     """How far a layer is, in bytes of its blob; `tar_bytes` were decoded from them."""
 
-    digest: str
+    digest: Digest
     blob_bytes: int
     done_bytes: int = 0
     tar_bytes: int = 0
@@ -68,12 +68,12 @@ async def build_index(
     layers = resolved.manifest.layers
     if len(config.diff_ids) != len(layers):
         raise ImageError("the image config names another number of layers than the manifest")
-    expected: dict[str, DiffId] = {}
+    expected: dict[Digest, DiffId] = {}
     for layer, diff_id in zip(layers, config.diff_ids, strict=True):
         if expected.setdefault(layer.digest, diff_id) != diff_id:
             raise ImageError(f"the image config gives two DiffIDs for layer {layer.digest}")
-    made: dict[str, MadeLayer] = {}
-    entries: dict[str, list[LayerEntry]] = {}
+    made: dict[Digest, MadeLayer] = {}
+    entries: dict[Digest, list[LayerEntry]] = {}
 
     async def scan(layer: Descriptor) -> None:
         diff_id = expected[layer.digest]
@@ -105,7 +105,7 @@ def _encode(scan: LayerScan, scans: CacheDirectory | None) -> MadeLayer:
 async def _scan_layer(
     resolved: Resolved,
     layer: Descriptor,
-    diff_id: str,
+    diff_id: DiffId,
     cache: CacheDirectory | None,
     on_progress: Callable[[LayerProgress], None],
 ) -> LayerScan:
@@ -182,7 +182,7 @@ class _Inflated:
 
 
 def _finish_layer(
-    scanner: LayerScanner, fill: LayerFill | None, layer: Descriptor, diff_id: str, inflated: _Inflated
+    scanner: LayerScanner, fill: LayerFill | None, layer: Descriptor, diff_id: DiffId, inflated: _Inflated
 ) -> LayerScan:
     table, tar_bytes, found = scanner.finish()
     if found != diff_id:
@@ -190,7 +190,7 @@ def _finish_layer(
             f"layer {layer.digest} decodes to {found}, but the image config says {diff_id}",
             "the image is broken: build or push it again",
         )
-    content_root = hashlib.sha256(table).hexdigest()
+    content_root = ContentRoot(hashlib.sha256(table).hexdigest())
     if fill is not None:
         fill.publish(content_root, table)
     record = LayerRecord(

@@ -6,6 +6,7 @@ import hashlib
 
 from lazyfs.cache.fill import LayerFill
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTableBuilder
+from lazyfs.core.oci.digests import DiffId
 from lazyfs.core.tar.reader import Kind, TarData, TarEntry, TarReader
 from lazyfs.core.tar.tree import LayerEntry
 
@@ -72,7 +73,7 @@ class LayerScanner:
             else:
                 self._segments.pop()
 
-    def finish(self) -> tuple[bytes, int, str]:
+    def finish(self) -> tuple[bytes, int, DiffId]:
         """The block table, the tar's length, and its DiffID."""
         self._reader.finish()
-        return self._tables.finish(self._tar_bytes), self._tar_bytes, "sha256:" + self._tar.hexdigest()
+        return self._tables.finish(self._tar_bytes), self._tar_bytes, DiffId("sha256:" + self._tar.hexdigest())

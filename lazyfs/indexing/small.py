@@ -13,6 +13,7 @@ import trio
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import keep_index
 from lazyfs.cache.scans import made_bytes
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import ImageConfig
 from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.assemble import BuiltIndex
@@ -45,7 +46,7 @@ async def make_small_index(cache: CacheDirectory, resolved: Resolved, config: Im
     """As make_index, data and all, if that is soon done. False if not, or if small blobs turn out to hold much."""
     if not await trio.to_thread.run_sync(_is_small, cache, resolved):
         return False
-    plain_bytes: dict[str, int] = {}
+    plain_bytes: dict[Digest, int] = {}
 
     def watch(layer: LayerProgress) -> None:
         # Layers begin with nothing, but for those that are known: they are there at once.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import trio
 
 from lazyfs.core.layer.spans import Span, SpanTable
+from lazyfs.core.oci.digests import Digest
 from lazyfs.errors import RemoteError
 from lazyfs.serving.windows import Windows
 from lazyfs.sources.source import Source
@@ -16,7 +17,7 @@ class Blob(NamedTuple):
     """A layer as one image's source stores it."""
 
     source: Source
-    digest: str
+    digest: Digest
     spans: SpanTable
     windows: Windows
     timeout_s: float  # of one request

@@ -7,6 +7,7 @@ from typing import Any
 
 from lazyfs.cache.images import WindowGroups
 from lazyfs.cache.scans import KeptLayerIndex
+from lazyfs.core.oci.digests import Digest
 from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.sources.source import Source
@@ -18,7 +19,7 @@ class Image:
     """An opened image. Close it through the ImageStore that opened it."""
 
     reference: str
-    manifest_digest: str
+    manifest_digest: Digest
     config: bytes
     namespace_path: str
     layers: tuple[DataDevice, ...]  # in the order of the namespace's device table

@@ -15,6 +15,7 @@ from lazyfs.cache.layer import CachedLayer
 from lazyfs.cache.locks import lock_shared
 from lazyfs.core.deadlines import answer_s
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.images.documents import Found, FoundLayer, Missing, find_index, load_config
@@ -43,13 +44,13 @@ class ImageStore:
 
     def __init__(self, cache: CacheDirectory, nursery: trio.Nursery) -> None:
         self.cache = cache
-        self.images: dict[str, Image] = {}  # by manifest digest
-        self.devices: dict[str, DataDevice] = {}  # by content root
+        self.images: dict[Digest, Image] = {}  # by manifest digest
+        self.devices: dict[ContentRoot, DataDevice] = {}  # by content root
         self._nursery = nursery
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
         self._sources = Sources()
         # By manifest digest, so that a slow registry holds up nobody but those who want the same image.
-        self._opening: collections.defaultdict[str, trio.Lock] = collections.defaultdict(trio.Lock)
+        self._opening: collections.defaultdict[Digest, trio.Lock] = collections.defaultdict(trio.Lock)
         self._changing = trio.Lock()  # of `images` and `devices`; held across local work only
 
     async def open(
@@ -144,12 +145,13 @@ class ImageStore:
     def _assemble(self, resolved: Resolved, documents: _Documents, timeout_s: float) -> Image:
         """Everything that needs no network: namespace file, cache entries, devices. In a worker thread."""
         lock_fd = self._lock(resolved.manifest_digest)
-        fresh: dict[str, DataDevice] = {}
+        fresh: dict[ContentRoot, DataDevice] = {}
         try:
             found = documents.found
             by_root = {layer.head.record.content_root: layer for layer in found.layers.values()}
             devices = found.namespace.devices
-            layers = [self._layer(resolved, by_root[device.tag.decode()], fresh, timeout_s) for device in devices]
+            roots = [ContentRoot(device.tag.decode()) for device in devices]
+            layers = [self._layer(resolved, by_root[root], fresh, timeout_s) for root in roots]
             sizes = [device.size_bytes for device in devices]
             if sizes != [device.size_bytes for device, _ in layers]:
                 raise ImageError("the namespace in the index does not fit its block tables")
@@ -178,7 +180,7 @@ class ImageStore:
         image.promise(timeout_s)
         return image
 
-    def _lock(self, manifest_digest: str) -> int:
+    def _lock(self, manifest_digest: Digest) -> int:
         """Takes the image's directory against eviction, making it anew if it has just been evicted."""
         while True:
             path = os.path.join(make_index_directory(self.cache, manifest_digest), "lock")
@@ -191,7 +193,7 @@ class ImageStore:
             os.close(lock_fd)
 
     def _layer(
-        self, resolved: Resolved, found: FoundLayer, fresh: dict[str, DataDevice], timeout_s: float
+        self, resolved: Resolved, found: FoundLayer, fresh: dict[ContentRoot, DataDevice], timeout_s: float
     ) -> tuple[DataDevice, Blob]:
         """The data device of one layer, from `fresh` if it was not open before, and where to fetch it."""
         record = found.head.record
@@ -210,7 +212,7 @@ class ImageStore:
         windows = Windows(found.head.windows, found.kept, remote)
         return device, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s)
 
-    def _cached(self, content_root: str) -> CachedLayer | None:
+    def _cached(self, content_root: ContentRoot) -> CachedLayer | None:
         """The layer if it is in the cache and whole: then no table has to be read from the index."""
         try:
             return self.cache.open_layer(content_root)

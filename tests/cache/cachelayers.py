@@ -14,6 +14,7 @@ from pathlib import Path
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder
+from lazyfs.core.oci.digests import ContentRoot
 
 
 @dataclass
@@ -23,7 +24,7 @@ class TestLayer:
     __test__ = False
 
     table: bytes
-    content_root: str
+    content_root: ContentRoot
     device: bytes
 
     @property
@@ -57,7 +58,7 @@ def make_layer(sizes: list[int], seed: int = 1) -> TestLayer:
         tar += -(-size // 512) * 512
     table = builder.finish(tar + 1024)
     device += bytes(BlockTable(table).device_bytes - len(device))
-    return TestLayer(table, hashlib.sha256(table).hexdigest(), bytes(device))
+    return TestLayer(table, BlockTable(table).content_root, bytes(device))
 
 
 LAYER = make_layer([1, 4096, 5000, BLOCK_BYTES + 1, 70_000, 3 * BLOCK_BYTES])

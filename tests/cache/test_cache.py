@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.locks import exclusive
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import HostError, ImageError
 from tests.cache.cachelayers import LAYER, entry
 
@@ -63,9 +64,9 @@ def test_another_process_sees_what_was_published(store: CacheDirectory) -> None:
 
 def test_a_table_under_a_foreign_name_is_refused(store: CacheDirectory) -> None:
     with pytest.raises(ImageError):
-        store.create_layer("0" * 64, LAYER.table)
+        store.create_layer(ContentRoot("0" * 64), LAYER.table)
     assert store.content_roots() == []
-    assert store.open_layer("0" * 64) is None
+    assert store.open_layer(ContentRoot("0" * 64)) is None
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))

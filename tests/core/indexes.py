@@ -16,11 +16,11 @@ from lazyfs.core.index.record import LayerRecord
 from lazyfs.core.index.windows import pack_windows
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTableBuilder
 from lazyfs.core.layer.spans import Compression, Point, PointKind, encode_points
-from lazyfs.core.oci.digests import sha256_digest
+from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest, sha256_digest
 from lazyfs.core.tar.reader import Kind, TarEntry
 from lazyfs.core.tar.tree import LayerEntry
 
-DIGEST, DIFF_ID = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
+DIGEST, DIFF_ID = Digest("sha256:" + "ab" * 32), DiffId("sha256:" + "cd" * 32)
 TAR_BYTES = 1 << 40
 
 
@@ -43,7 +43,7 @@ def make_scan(entries: Sequence[TarEntry], windows: int = 10) -> LayerScan:
                 tar_offset += length + 512
         items.append(LayerEntry(entry, address))
     table = builder.finish(TAR_BYTES)
-    content_root = hashlib.sha256(table).hexdigest()
+    content_root = ContentRoot(hashlib.sha256(table).hexdigest())
     device_bytes = struct.unpack_from("<Q", table, 16)[0]
     record = LayerRecord(DIGEST, 1000, DIFF_ID, Compression.GZIP, TAR_BYTES, content_root, device_bytes)
     spans = encode_points([Point(10, 0, 0, PointKind.ENTRY)])

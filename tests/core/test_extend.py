@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.namespace import LayerDevice, read_tree, write_namespace
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.core.tar.reader import Kind
 from lazyfs.core.tar.tree import LayerEntry, Node, extend, flatten
 from lazyfs.errors import ImageError
@@ -55,7 +56,7 @@ def layer_entries(draw: st.DrawFn) -> LayerEntry:
 
 LAYERS = st.lists(st.lists(layer_entries(), max_size=10), min_size=1, max_size=4)
 # The third has the content of the first: one device for both.
-DEVICES = [LayerDevice(root * 64, 1 << 20) for root in "abad"]
+DEVICES = [LayerDevice(ContentRoot(root * 64), 1 << 20) for root in "abad"]
 
 
 def namespace(root: Node, layers: int) -> bytes:
@@ -125,7 +126,7 @@ def test_large_directories_grow() -> None:
 def test_devices_of_other_layers_are_an_error() -> None:
     reader = ErofsReader(namespace(flatten([[file("a")]]), 1))
     with pytest.raises(ImageError, match="does not have"):
-        read_tree(reader, ["b" * 64])
+        read_tree(reader, [ContentRoot("b" * 64)])
 
 
 def test_a_replaced_layer_leaves_no_device() -> None:

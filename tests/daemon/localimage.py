@@ -22,6 +22,7 @@ from typing import Any
 import trio
 
 from lazyfs.control.requests import Mount
+from lazyfs.core.oci.digests import Digest
 from lazyfs.daemon.fuseworker import OpenedImage, run
 from lazyfs.errors import RemoteError
 from lazyfs.images.documents import Missing
@@ -105,7 +106,7 @@ def main() -> int:
     @contextlib.asynccontextmanager
     async def opener(_: str, request: Mount) -> AsyncIterator[OpenedImage | Missing]:
         if request.image == "no-index":
-            yield Missing("sha256:" + 64 * "1")
+            yield Missing(Digest("sha256:" + 64 * "1"))
             return
         if request.image == "gone":
             raise RemoteError("the registry has no such image", "check the name")

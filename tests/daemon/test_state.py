@@ -9,11 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from lazyfs.control.requests import Attached
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.daemon import state
 from lazyfs.daemon.state import ReleasedLayer, SavedRoot, State
 from lazyfs.sources.access import Access
 
-DIGEST = "sha256:" + "ab" * 32
+DIGEST = Digest("sha256:" + "ab" * 32)
+ONE, OTHER = ContentRoot("cd"), ContentRoot("ef")
+RELEASED = ContentRoot("01")
 ACCESS = Access("linux/arm64", True, True, ("/ca",), ("/auth",), {"HOME": "/root"})
 
 
@@ -47,12 +50,12 @@ def put(link: Keeper, text: str) -> None:
 
 def test_what_is_saved_is_loaded(link: Keeper) -> None:
     targets = [Attached((0, 41), "/t", "/c/uppers/x", (0, 40)), Attached((0, 40), "/u")]
-    layers = [("cd", 4096), ("ef", 1)]
-    root = SavedRoot("debian:12", DIGEST, ACCESS, 5.0, targets, ["a hold"], frozenset({"cd"}), layers)
-    saved = State([root], [ReleasedLayer("01", 512, DIGEST, "debian:12", ACCESS, 5.0)])
+    layers = [(ONE, 4096), (OTHER, 1)]
+    root = SavedRoot("debian:12", DIGEST, ACCESS, 5.0, targets, ["a hold"], frozenset({ONE}), layers)
+    saved = State([root], [ReleasedLayer(RELEASED, 512, DIGEST, "debian:12", ACCESS, 5.0)])
     state.save(link, saved)
     assert state.load(link) == saved
-    assert [one.content_root for one in root.released()] == ["cd", "ef"]
+    assert [one.content_root for one in root.released()] == [ONE, OTHER]
 
 
 def test_without_a_predecessor_there_is_nothing(link: Keeper) -> None:
@@ -72,10 +75,10 @@ def test_an_upgrade_takes_up_what_a_daemon_without_versions_served(link: Keeper)
     assert state.load(link) == State(
         [
             SavedRoot(
-                "a", DIGEST, ACCESS, 5.0, [Attached((0, 41), "/t", None, (0, 40))], [], frozenset({"cd"}), [("cd", 1)]
+                "a", DIGEST, ACCESS, 5.0, [Attached((0, 41), "/t", None, (0, 40))], [], frozenset({ONE}), [(ONE, 1)]
             )
         ],
-        [ReleasedLayer("01", 512, DIGEST, "a", ACCESS, 5.0)],
+        [ReleasedLayer(RELEASED, 512, DIGEST, "a", ACCESS, 5.0)],
     )
 
 

@@ -19,6 +19,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import WindowGroups
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.layer.spans import Compression, Point, SpanTable, encode_points
+from lazyfs.core.oci.digests import Digest
 from lazyfs.decoding.layers import layer_inflater
 from lazyfs.errors import RemoteError
 from lazyfs.serving.blob import Blob
@@ -152,7 +153,7 @@ class Rig:
         directory = os.path.join(self.handle.layer.path, str(len(self.sources)))
         os.mkdir(directory)
         windows = Windows(kept.groups, WindowGroups(directory), (cast(Source, source), "windows"))
-        blob = Blob(cast(Source, source), digest, spans or kept.spans, windows, timeout_s)
+        blob = Blob(cast(Source, source), Digest(digest), spans or kept.spans, windows, timeout_s)
         self.sources.append(SpanSource(blob, fetcher.fragments, trio.CapacityLimiter(2), fetcher.sources))
         self.dispatchers.append(Dispatcher(self.nursery))
         fetcher.add(self.sources[-1], self.dispatchers[-1])

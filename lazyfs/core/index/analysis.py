@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lazyfs.core.erofs.reader import ErofsReader, Inode
 from lazyfs.core.index.record import LayerRecord
 from lazyfs.core.layer.blocks import BlockTable
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.tar.reader import Kind
 
 
@@ -16,7 +17,7 @@ class LayerAnalysis:
     """One layer. `depth`: 1 is the bottom. All sizes in bytes; of data, they are uncompressed."""
 
     depth: int
-    blob_digest: str
+    blob_digest: Digest
     blob_bytes: int
     data_bytes: int  # of regular files in the layer
     visible_files: int  # of the flattened root whose data lies in this layer; hard links count once
@@ -33,7 +34,7 @@ class ImageAnalysis:
     layers: tuple[LayerAnalysis, ...]
 
 
-Present = Callable[[str, BlockTable], Sequence[int]]
+Present = Callable[[ContentRoot, BlockTable], Sequence[int]]
 """Content root and table of a layer -> for each block, whether the cache has it."""
 
 
@@ -50,7 +51,7 @@ def analyse(
     """
     visible = _visible(reader)
     found = []
-    seen: set[str] = set()
+    seen: set[ContentRoot] = set()
     for number, (record, table) in enumerate(layers):
         here = elsewhere_bytes = data_bytes = files = shown = 0
         if record.content_root not in seen:
@@ -71,12 +72,12 @@ def analyse(
     return ImageAnalysis(reader.inode_count, tuple(found))
 
 
-def _visible(reader: ErofsReader) -> dict[str, tuple[int, int]]:
+def _visible(reader: ErofsReader) -> dict[ContentRoot, tuple[int, int]]:
     """Content root -> how many files of the root have their data there, and how many bytes."""
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[ContentRoot, tuple[int, int]] = {}
     for inode in _inodes(reader):
         if inode.kind is Kind.FILE and inode.device >= 0:
-            name = reader.devices[inode.device].tag.decode("ascii", "replace")
+            name = ContentRoot(reader.devices[inode.device].tag.decode("ascii", "replace"))
             files, size_bytes = counts.get(name, (0, 0))
             counts[name] = (files + 1, size_bytes + inode.size)
     return counts

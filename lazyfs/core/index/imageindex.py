@@ -112,7 +112,7 @@ def _part(fields: dict[str, Any]) -> LayerPart:
     index_bytes = number(index["size"], MAX_LAYER_INDEX_BYTES)
     return LayerPart(
         record=read_record(fields),
-        index_digest=Digest(digest(index["digest"])),
+        index_digest=digest(index["digest"]),
         index_bytes=index_bytes,
         head_bytes=number(head_bytes, index_bytes),
         head_sha256=sha256_hex(head_sha256),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.erofs.writer import Device, write_erofs
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.core.tar.tree import Node, Unread, UnreadChildren, read_nodes
 from lazyfs.errors import ImageError
 
@@ -14,7 +15,7 @@ from lazyfs.errors import ImageError
 class LayerDevice(NamedTuple):
     """A layer as a place of file data."""
 
-    content_root: str
+    content_root: ContentRoot
     device_bytes: int
 
 
@@ -29,10 +30,10 @@ def write_namespace(root: Node, layers: Sequence[LayerDevice]) -> bytes:
     return write_erofs(root, table, numbers=[places.get(layer.content_root, -1) for layer in layers])
 
 
-def read_tree(reader: ErofsReader, content_roots: Sequence[str]) -> Node:
+def read_tree(reader: ErofsReader, content_roots: Sequence[ContentRoot]) -> Node:
     """The tree of a namespace of layers with these content roots; `Node.layer` indexes them. Raises ImageError."""
     try:
-        numbers = [content_roots.index(device.tag.decode("ascii", "replace")) for device in reader.devices]
+        numbers = [content_roots.index(ContentRoot(device.tag.decode("ascii", "replace"))) for device in reader.devices]
     except ValueError:
         raise ImageError("the namespace in the index names a layer the image does not have") from None
     return reader.tree(numbers)

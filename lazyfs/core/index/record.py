@@ -8,6 +8,7 @@ from typing import Any
 from lazyfs.core.index.sections import number, sha256_hex, text
 from lazyfs.core.layer.blocks import MAX_DEVICE_BYTES, MAX_TAR_BYTES, PAGE_BYTES
 from lazyfs.core.layer.spans import Compression
+from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest
 from lazyfs.core.oci.reference import is_digest
 
 MAX_LAYERS = 1024
@@ -18,12 +19,12 @@ MAX_BLOB_BYTES = 1 << 50
 class LayerRecord:
     """A layer: as its image gives it, and what it is unpacked. Index versions 1 and 2."""
 
-    blob_digest: str
+    blob_digest: Digest
     blob_bytes: int
-    diff_id: str  # sha256 of the uncompressed layer
+    diff_id: DiffId
     compression: Compression
     tar_bytes: int
-    content_root: str
+    content_root: ContentRoot
     device_bytes: int = -1  # -1: not said (version 1)
 
 
@@ -48,17 +49,17 @@ def read_record(fields: dict[str, Any]) -> LayerRecord:
     return LayerRecord(
         blob_digest=digest(fields["digest"]),
         blob_bytes=number(fields["size"], MAX_BLOB_BYTES),
-        diff_id=text(fields["diff_id"]),
+        diff_id=DiffId(text(fields["diff_id"])),
         compression=Compression(fields["compression"]),
         tar_bytes=number(fields["tar_bytes"], MAX_TAR_BYTES),
-        content_root=sha256_hex(fields["content_root"]),
+        content_root=ContentRoot(sha256_hex(fields["content_root"])),
         device_bytes=device_bytes,
     )
 
 
-def digest(value: object) -> str:
+def digest(value: object) -> Digest:
     """A digest of a header; else ValueError."""
     found = text(value)
     if not is_digest(found):
         raise ValueError("not a digest")
-    return found
+    return Digest(found)

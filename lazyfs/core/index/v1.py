@@ -18,6 +18,7 @@ from lazyfs.core.index.sections import MAX_STORED_BYTES, Sections, number, sha25
 from lazyfs.core.index.windows import MAX_GROUP_BYTES
 from lazyfs.core.layer.blocks import MAX_BLOCKS, MAX_TAR_BYTES
 from lazyfs.core.layer.spans import Compression
+from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest
 from lazyfs.errors import ImageError
 
 ARTIFACT_TYPE = "application/vnd.lazyfs.index.v1"
@@ -94,12 +95,12 @@ class IndexV1:
 
 def _record(fields: dict[str, Any]) -> LayerRecord:
     return LayerRecord(
-        blob_digest=text(fields["digest"]),
+        blob_digest=Digest(text(fields["digest"])),
         blob_bytes=number(fields["size"], MAX_BLOB_BYTES),
-        diff_id=text(fields["diff_id"]),
+        diff_id=DiffId(text(fields["diff_id"])),
         compression=Compression(fields["compression"]),
         tar_bytes=number(fields["tar_bytes"], MAX_TAR_BYTES),
-        content_root=sha256_hex(fields["content_root"]),
+        content_root=ContentRoot(sha256_hex(fields["content_root"])),
     )
 
 

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from itertools import islice
 from mmap import mmap
 
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import ImageError
 
 PAGE_BYTES = 4096
@@ -106,9 +107,9 @@ class BlockTable:
                 raise ImageError("block table has blocks that overlap or lie outside")
 
     @property
-    def content_root(self) -> str:
+    def content_root(self) -> ContentRoot:
         """sha256 of the table, 64 hex digits. Computed at each call."""
-        return hashlib.sha256(self.buffer).hexdigest()
+        return ContentRoot(hashlib.sha256(self.buffer).hexdigest())
 
     def digest(self, block: int) -> bytes:
         """The 32 bytes of the sha256 of block number `block`."""
