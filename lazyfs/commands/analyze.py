@@ -118,9 +118,9 @@ class _CountingRoots(MountedRoots):
 
     def detach(self, target: str) -> None:
         entry = query.lazyfs_mount(target)
-        serving = query.serving(entry.dev) if entry is not None else None
-        if serving is not None:
-            self.counters = serving.reply
+        daemon = query.daemon_of(entry.dev) if entry is not None else None
+        if daemon is not None:
+            self.counters = daemon.reply
         super().detach(target)
 
 

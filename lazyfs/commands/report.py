@@ -38,7 +38,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[
     return "".join(out)
 
 
-def facts(values: Mapping[str, Any]) -> str:
+def fields(values: Mapping[str, Any]) -> str:
     """``name   value`` lines, with readable byte counts; names of inner mappings have a dot. Ends with a newline."""
     values = dict(_flat(values))
     width = max((len(name) for name in values), default=0)

@@ -15,7 +15,7 @@ def stats(args: argparse.Namespace) -> int:
     from lazyfs.control import query
 
     entry = query.required_mount(args.target)
-    found = query.serving(entry.dev)
+    found = query.daemon_of(entry.dev)
     if found is None:
         raise HostError(f"no daemon answers for {args.target}", "it may have died, or belong to another user")
     values = {name: value for name, value in found.reply.items() if name not in ("ok", "config")}
@@ -24,7 +24,7 @@ def stats(args: argparse.Namespace) -> int:
     else:
         values["targets"] = [target.get("target") for target in query.targets_of(values)]
         flat = {name: value for name, value in values.items() if not isinstance(value, dict | list)}
-        sys.stdout.write(report.facts({"target": entry.mountpoint, **flat}))
+        sys.stdout.write(report.fields({"target": entry.mountpoint, **flat}))
     return 0
 
 
@@ -67,7 +67,7 @@ def daemon(args: argparse.Namespace) -> int:
             reply = client.ask_once(rundir.control_socket(runtime), {"op": op}, 60.0)
             if op == "ping":
                 sys.stdout.write(
-                    report.facts({"cache": cache, **{k: v for k, v in reply.items() if k != "ok"}})
+                    report.fields({"cache": cache, **{k: v for k, v in reply.items() if k != "ok"}})
                 )
             return 0
     arguments = ["--cache", cache, "--runtime", runtime, "--foreground"]

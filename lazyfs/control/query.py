@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 ANSWER_S = 10.0
 
 
-class Serving(NamedTuple):
-    """A daemon and what it answered."""
+class DaemonReply(NamedTuple):
+    """What a daemon answered, and at which socket."""
 
     socket_path: str
     reply: dict[str, Any]
@@ -45,23 +45,23 @@ def required_mount(target: str) -> MountEntry:
     return entry
 
 
-def serving(dev: tuple[int, int]) -> Serving | None:
-    """The daemon that serves the mount `dev`, with its counters; None if none admits to it."""
+def daemon_of(dev: tuple[int, int]) -> DaemonReply | None:
+    """The daemon that serves the mount `dev`, and its "stats"; None if no daemon answers that it does."""
     for path in rundir.all_sockets():
         try:
             reply = client.ask_once(path, {"op": "stats", "dev": messages.format_dev(dev)}, ANSWER_S)
         except LazyfsError:  # not its mount, or dead
             continue
-        return Serving(path, reply)
+        return DaemonReply(path, reply)
     return None
 
 
-def listings() -> list[Serving]:
+def listings() -> list[DaemonReply]:
     """What every daemon of this user serves. Dead ones are left out."""
     found = []
     for path in rundir.all_sockets():
         try:
-            found.append(Serving(path, client.ask_once(path, {"op": "list"}, ANSWER_S)))
+            found.append(DaemonReply(path, client.ask_once(path, {"op": "list"}, ANSWER_S)))
         except LazyfsError:
             continue
     return found

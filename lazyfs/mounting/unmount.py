@@ -31,7 +31,7 @@ def umount(target: str, *, lazy: bool = False, wait: bool = False, wait_s: float
     only when the process behind it has let go of it (and of an ephemeral upper directory), at most `wait_s` later.
     Raises UserError, Busy, HostError."""
     entry = query.required_mount(target)
-    served = query.serving(entry.dev) if wait else None
+    served = query.daemon_of(entry.dev) if wait else None
     process_fd = _process_of(served) if served is not None and entry.fstype == "fuse.lazyfs" else None
     try:
         if host.is_root():
@@ -63,7 +63,7 @@ def _check_deadline(deadline: float, target: str, wait_s: float) -> None:
         )
 
 
-def _process_of(served: query.Serving | None) -> int | None:
+def _process_of(served: query.DaemonReply | None) -> int | None:
     if served is None:
         return None
     try:
@@ -73,7 +73,7 @@ def _process_of(served: query.Serving | None) -> int | None:
         return None  # it has ended already
 
 
-def _is_listed(served: query.Serving | None, dev: tuple[int, int]) -> bool:
+def _is_listed(served: query.DaemonReply | None, dev: tuple[int, int]) -> bool:
     if served is None:
         return False
     try:

@@ -345,7 +345,7 @@ def test_tables_and_facts_cannot_drive_a_terminal() -> None:
     assert report.table(["A", "N"], [["x\x1b[2J", "1"], ["y", "10"]], right=[1]) == (
         "A          N\nx\\x1b[2J   1\ny         10\n"
     )
-    assert report.facts({"bytes_fetched": 1500, "fuse": {"reads": 1234}, "on": True, "none": None}) == (
+    assert report.fields({"bytes_fetched": 1500, "fuse": {"reads": 1234}, "on": True, "none": None}) == (
         "bytes_fetched  1.5 kB (1,500)\nfuse.reads     1,234\non             yes\nnone           -\n"
     )
 

@@ -55,7 +55,7 @@ def test_users_of_open_and_mapped_files(mount: Mount, target: Path) -> None:
 
 def test_umount_waits_until_the_daemon_has_let_go(mount: Mount, fake: Path, target: Path) -> None:
     mounted = mount(options="rw")
-    served = query.serving(mounted.dev)
+    served = query.daemon_of(mounted.dev)
     assert served is not None and served.reply["requests"] == 3
     unmount.umount(str(target), wait=True)
     assert [line["op"] for line in said(fake)][-1] == "list"

@@ -80,7 +80,7 @@ def test_a_lease_ends_with_the_report_of_a_target(kernel_host: Host, image: str)
 
 def test_replies_have_the_documented_fields(machine: Host, image: str) -> None:
     target = machine.mount(image)
-    found = query.serving(entry_at(target).dev)
+    found = query.daemon_of(entry_at(target).dev)
     assert found is not None
     stats = {"ok", *REPLIES["stats"], *STATS_OF_BACKEND[machine.backend]}
     assert set(found.reply) == stats
