@@ -11,8 +11,8 @@ from lazyfs.errors import HostError, ImageError
 
 
 def cached_config(cache: str, manifest_digest: str) -> ImageConfig:
-    """The configuration of an image that is mounted from `cache`; the daemon filed it there. Verified against
-    the manifest, and that against its digest. Raises HostError, ImageError."""
+    """The configuration of an image that is mounted from `cache`, where the daemon has filed it. Verified against the
+    manifest, and the manifest against its digest. Raises HostError, ImageError."""
     parse_digest(manifest_digest)
     directory = image_path(cache, manifest_digest)
     manifest_bytes = _read_verified(os.path.join(directory, "manifest"), manifest_digest)

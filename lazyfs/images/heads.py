@@ -1,4 +1,4 @@
-"""The heads of layer indexes: what a mount reads of each, from the image's index, the cache or the registry."""
+"""The heads of layer indexes, the part that a mount reads: from the image's index, the cache or the registry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AT_ONCE = 8
 
 
 class Heads:
-    """Those of one image's index. `source`: where what is not here is fetched from; None: from nowhere."""
+    """The heads that one image's index names. `source`: where missing ones are fetched; None: nowhere."""
 
     def __init__(self, cache: CacheDirectory, index: ImageIndex, source: Source | None) -> None:
         self._cache = cache
@@ -27,9 +27,11 @@ class Heads:
         self._found: dict[int, tuple[LayerHead, KeptLayerIndex]] = {}
 
     async def get(self, numbers: Iterable[int]) -> dict[int, tuple[LayerHead, KeptLayerIndex]]:
-        """Of these layers, those that have to be fetched all at once; and what else is kept of each layer's index.
+        """The heads of these layers, each with what the cache keeps of its layer's index. Missing ones are fetched,
+        several at once.
 
-        Raises ImageError if one is damaged or not here; RemoteError, NotFound: cannot be fetched. HostError: disk.
+        Raises ImageError if one is damaged, or not here and there is no source; RemoteError, NotFound: it cannot be
+        fetched; HostError: disk.
         """
         wanted = list(numbers)
         if sum(self._index.parts[number].head_bytes for number in wanted) > MAX_HEADS_BYTES:
@@ -47,7 +49,7 @@ class Heads:
                 blob = self._index.inlined_head(part)
                 check = True
             else:
-                # Where the layer itself is in the cache, no table is read from here.
+                # If the layer itself is in the cache, its table is not read from the head.
                 check = not self._cache.has_layer(part.record.content_root)
             if blob is None:
                 return False
@@ -67,11 +69,11 @@ class Heads:
 
 
 def opened_head(part: LayerPart, blob: bytes, *, check: bool = True) -> LayerHead:
-    """The head, if it is the one that the image's index names; ImageError else. `check`: its sha256, too."""
+    """The head; ImageError unless it is the one that the image's index names. `check`: compares its sha256, too."""
     if len(blob) != part.head_bytes or (check and hashlib.sha256(blob).hexdigest() != part.head_sha256):
         raise ImageError("the tables of a layer do not have the digest the index gives")
     head = LayerHead(blob)
     if head.record != part.record or head.head_bytes != part.head_bytes or head.whole_bytes != part.index_bytes:
         raise ImageError("the tables of a layer are of another layer than the index says")
-    head.spans()  # damaged ones shall come from elsewhere; in what `check` left out they are all that is read
+    head.spans()  # raises if they are damaged: without `check` they are all that is read of the head
     return head

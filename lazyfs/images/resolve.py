@@ -1,7 +1,7 @@
-"""From a reference to the documents of an image: manifest, config and index, fetched once, kept in the cache.
+"""From a reference to the manifest of an image, which is fetched once and kept in the cache.
 
     <cache>/indexes/<manifest digest, hex>/           see cache/images.py
-    <cache>/refs/<sha256 of reference and platform>   manifest digest the reference led to when last asked
+    <cache>/refs/<sha256 of reference and platform>   the manifest digest that the reference led to last time
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ async def resolve(
     sources: Sources | None = None,
     patience_s: float = 30.0,
 ) -> Resolved:
-    """Finds the manifest a reference means, with as few requests as possible: none for a digest that is here.
+    """Finds the manifest that a reference means, with as few requests as possible: none for a digest in the cache.
 
-    `known`: the manifest's digest, if it was resolved before (a daemon that takes up its predecessor's
-    mounts). `sources`: where connections are shared; `patience_s` as for Sources.open(). Raises LazyfsError;
-    UserError if `access.offline` and the reference was never seen.
+    `known`: the manifest's digest, if it was resolved before (by a predecessor of this daemon). `sources`: opens
+    sources that share connections; `patience_s` as for Sources.open(). Raises LazyfsError; UserError if
+    `access.offline` and the reference was never seen.
     """
     reference = parse_reference(text)
     wanted = access.platform or host_platform(host.machine())

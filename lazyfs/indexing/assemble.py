@@ -1,8 +1,8 @@
-"""The indexes of layers to the index of an image.
+"""Makes the index of an image from the indexes of its layers.
 
-The tree of lower layers is taken from where it was kept, if it was: what is written then is only the new one. It is
-kept of whole images, and of the layers that were known when an image was indexed: those that will be below the next
-one, too.
+If the tree of the lower layers is in the cache, it is read from there, and grown by the new layers. The cache keeps the
+trees of whole images, and of the layers that were known when an image was indexed, because the next image probably has
+those, too.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def assemble(
     entries: Mapping[Digest, list[LayerEntry]],
     scans: CacheDirectory | None,
 ) -> BuiltIndex:
-    """The index of an image whose layers have these indexes. `entries`: by digest of a layer's blob, of layers that
-    were read just now. `scans`: where trees are kept. Raises ImageError.
+    """The index of an image whose layers have the indexes `made`. `entries`: of the layers that were read just now, by
+    digest of the blob. `scans`: where trees are kept. Raises ImageError.
     """
     layers = resolved.manifest.layers
     parts = [one.part for one in made]
@@ -63,7 +63,7 @@ def assemble(
             namespace = write_namespace(tree, devices[:known])
             keep_chain(scans, layers[:known], encode_image("", namespace, parts[:known], heads))
         except ImageError:
-            pass  # what these layers have alone cannot be written: the next ones may replace it
+            pass  # these layers alone cannot be represented; later layers may replace what is wrong
     tree = grown(tree, height, len(layers))
     namespace = write_namespace(tree, devices)
     index = encode_image(resolved.manifest_digest, namespace, parts, heads)
@@ -74,8 +74,8 @@ def assemble(
 
 
 def _known(layers: Sequence[Descriptor], entries: Mapping[Digest, list[LayerEntry]]) -> int:
-    """How many of the lowest layers will stay when the image is changed again: those that were not read just now; of
-    an image that is new as a whole, all but the last."""
+    """How many of the lowest layers will probably stay when the image changes again: those that were not read just now;
+    of an image that is new as a whole, all but the last."""
     known = next((n for n, layer in enumerate(layers) if layer.digest in entries), len(layers))
     return known or max(0, len(layers) - 1)
 
@@ -83,12 +83,12 @@ def _known(layers: Sequence[Descriptor], entries: Mapping[Digest, list[LayerEntr
 def _kept_tree(
     scans: CacheDirectory | None, layers: Sequence[Descriptor], made: Sequence[MadeLayer]
 ) -> tuple[Node, int]:
-    """The tree of as many of the lowest layers as one is kept of, and how many they are."""
+    """The tree of the largest number of lowest layers of which one is kept, and that number."""
     parts = [one.part for one in made]
     for height in range(len(layers), 0, -1) if scans is not None else ():
         assert scans is not None
         kept = load_chain(scans, layers[:height])
-        # Of these very indexes: what was made otherwise, by another version, is not mixed with this.
+        # Only a tree of exactly these indexes: what another version made must not be mixed with them.
         if kept is not None and list(kept.parts) == parts[:height]:
             try:
                 content_roots = [part.record.content_root for part in kept.parts]

@@ -1,9 +1,7 @@
-"""Reads the layers of an image once, in parallel, and makes its index; fills the block cache on the way if
-asked.
+"""Reads the layers of an image once, in parallel, and makes its index. On demand it also fills the block cache.
 
-Each layer is a pipeline of three tasks: download, inflate, and parse + hash; the last two run in worker
-threads (libz and hashlib let go of the GIL), so that one layer alone keeps two cores busy. No layer is kept
-on disk.
+Each layer is a pipeline of three tasks: download, inflate, and parse + hash. The last two run in worker threads (libz
+and hashlib release the GIL), so that one layer alone keeps two cores busy. No layer is kept on disk.
 """
 
 from __future__ import annotations
@@ -35,14 +33,14 @@ from lazyfs.tasks import together
 
 _LAYERS_AT_ONCE = 3
 _CHUNK_BYTES = 1 << 20
-# Plain bytes that go from thread to thread at once: each time costs a millisecond, as all want the interpreter's lock
-# (measured in turn: 90 MB/s of tar instead of 86).
+# Plain bytes that are handed from thread to thread at once. Each time costs a millisecond, because all threads want the
+# interpreter's lock.
 _BATCH_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
 class LayerProgress:
-    """How far a layer is, in bytes of its blob; `tar_bytes` were decoded from them."""
+    """How much of a layer was read, in bytes of its blob. `tar_bytes` were decoded from them."""
 
     digest: Digest
     blob_bytes: int
@@ -57,13 +55,13 @@ async def build_index(
     on_progress: Callable[[LayerProgress], None] = lambda progress: None,
     scans: CacheDirectory | None = None,
 ) -> BuiltIndex:
-    """Streams the layers of an image and returns its index; with `cache`, their blocks are in there afterwards.
+    """Streams the layers of an image and returns its index. With `cache`, fills that with their blocks.
 
-    A layer that occurs twice is read once. With `scans`, a layer that was read for another image is not read again
-    (its blocks are not brought to `cache` then), and what is found out is kept there.
+    A layer that occurs twice is read once. `scans`: the cache directory that keeps layer indexes. With it, a layer that
+    was read for another image is not read again (so its blocks do not get into `cache`), and new indexes are kept.
 
-    Raises ImageError (also when a layer is not the one the config's DiffIDs name) and RemoteError; then nothing is
-    left behind but whole layers in the cache, and scans.
+    Raises ImageError (also if a layer does not have the DiffID of the config) and RemoteError. Then only whole layers
+    and layer indexes stay in the cache.
     """
     layers = resolved.manifest.layers
     if len(config.diff_ids) != len(layers):
@@ -125,7 +123,7 @@ async def _scan_layer(
                         progress.done_bytes += len(chunk)
                         on_progress(progress)
                         buffer += chunk
-                        while len(buffer) >= _CHUNK_BYTES:  # equal ones: the index depends on the blob alone
+                        while len(buffer) >= _CHUNK_BYTES:  # of equal size: the index depends on the blob alone
                             await blob_in.send(bytes(buffer[:_CHUNK_BYTES]))
                             del buffer[:_CHUNK_BYTES]
                 if buffer:

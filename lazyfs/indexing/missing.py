@@ -1,4 +1,4 @@
-"""Makes the index that an image lacks, as the one job of a process: with bars, if the caller has some to show."""
+"""Makes the index that an image lacks, as the only job of a process; with progress bars, if the caller has some."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from lazyfs.indexing.publish import push_index
 from lazyfs.indexing.small import make_index
 from lazyfs.sources.access import Access
 
-# Finding an image's documents takes a few small requests; reading its layers is bounded by stalls, not in
-# all.
+# Finding an image's documents takes a few small requests. Reading its layers has no such bound, only one for stalls.
 DOCUMENTS_S = 120.0
 
-# Shown while layers are read; entered once, told how far each layer is.
+# Shown while layers are read. It is entered once, and yields a function that is called with each layer's progress.
 Bars = Callable[[], AbstractContextManager[Callable[[LayerProgress], None]]]
 
 
@@ -71,7 +70,7 @@ def _no_bars() -> Iterator[Callable[[LayerProgress], None]]:
 
 
 def run_async(work: Callable[[], Awaitable[None]]) -> None:
-    """Runs one async job; an error of a nursery inside comes out as itself."""
+    """Runs one async job. Takes an expected error out of the nurseries' exception groups."""
     try:
         trio.run(work)
     except trio.TooSlowError:

@@ -1,4 +1,4 @@
-"""Plain bytes of a layer to entries, block table and DiffID."""
+"""Turns the plain bytes of a layer into entries, block table and DiffID."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from lazyfs.core.tar.tree import LayerEntry
 
 
 class LayerScanner:
-    """Plain bytes of a layer -> entries with addresses, block table, DiffID. Synchronous; one thread at a
-    time.
-    """
+    """Plain bytes of a layer -> entries with addresses, block table, DiffID. Blocks; for one thread at a time."""
 
     def __init__(self, fill: LayerFill | None) -> None:
         self.entries: list[LayerEntry] = []
@@ -38,7 +36,7 @@ class LayerScanner:
                 self._entry(event)
 
     def feed_all(self, chunks: list[bytes]) -> None:
-        """As `feed`, several."""
+        """As `feed`, for several chunks."""
         for chunk in chunks:
             self.feed(chunk)
 
@@ -51,7 +49,7 @@ class LayerScanner:
         self.entries.append(LayerEntry(entry, self._address))
 
     def _data(self, view: memoryview) -> None:
-        """Cuts data into blocks; the part of a block that a chunk ends in waits in `_partial`."""
+        """Cuts data into blocks. If a chunk ends inside a block, its part waits in `_partial`."""
         while view:
             file_offset, tar_offset, length = self._segments[-1]
             wanted = min(length, BLOCK_BYTES)

@@ -1,7 +1,7 @@
 """The index of an image that comes without one: made from its layers, and kept in the cache.
 
-Reading whole layers is the work of the command that wants the image, with a bar for each. What is left to do after a
-change of an application, when all but a small layer was read before, is done at once by who opens the image.
+Usually the command that mounts the image reads its layers, with a progress bar for each. After a change of an
+application, only a small layer was not read before: then the process that opens the image makes the index at once.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.indexing.build import LayerProgress, build_index
 
-# A daemon serves others meanwhile: so much is read, decoded and assembled in some tenths of a second (measured: 0.35 s
-# for 33,000 files, whose scans have 3.6 MB).
+# A daemon serves others meanwhile: this much is read, decoded and assembled in some tenths of a second.
 _SMALL_BLOB_BYTES = 4 << 20
 _SMALL_PLAIN_BYTES = 32 << 20
 _SMALL_SCANS_BYTES = 4 << 20
-# Over a link on which even that takes longer, the command does it: it waits as long as something comes, and shows it.
+# If a slow link makes even that take longer, the command does it: it shows progress and waits as long as data arrives.
 _SMALL_S = 5.0
 
 
@@ -36,20 +35,22 @@ async def make_index(
     fill: bool,
     on_progress: Callable[[LayerProgress], None] = lambda progress: None,
 ) -> BuiltIndex:
-    """Reads the layers that were not read before and keeps the index; with `fill`, their data, too. LazyfsError."""
+    """Reads the layers that were not read before, and keeps the index; with `fill`, also their data. LazyfsError."""
     built = await build_index(resolved, config, cache if fill else None, on_progress, cache)
     keep_index(cache, resolved.manifest_digest, built.index, attached=False)
     return built
 
 
 async def make_small_index(cache: CacheDirectory, resolved: Resolved, config: ImageConfig) -> bool:
-    """As make_index, data and all, if that is soon done. False if not, or if small blobs turn out to hold much."""
+    """As make_index, with data, if that is quickly done. False if it is not, or if small blobs turn out to decode to
+    much."""
     if not await trio.to_thread.run_sync(_is_small, cache, resolved):
         return False
     plain_bytes: dict[Digest, int] = {}
 
     def watch(layer: LayerProgress) -> None:
-        # Layers begin with nothing, but for those that are known: they are there at once.
+        # A layer that is read starts at 0 bytes; one that is known comes with all its bytes at once, and is not
+        # counted.
         if layer.tar_bytes == 0 or layer.digest in plain_bytes:
             plain_bytes[layer.digest] = layer.tar_bytes
             if sum(plain_bytes.values()) > _SMALL_PLAIN_BYTES:
@@ -61,7 +62,7 @@ async def make_small_index(cache: CacheDirectory, resolved: Resolved, config: Im
 
 
 def _is_small(cache: CacheDirectory, resolved: Resolved) -> bool:
-    """Whether the layers that were not read before, and what is known of the others, are small."""
+    """Whether the layers that were not read before are small, and the indexes of the others, too."""
     unread_bytes = scans_bytes = 0
     for layer in resolved.manifest.layers:
         known_bytes = made_bytes(cache, layer.digest)

@@ -1,4 +1,4 @@
-"""A layer's data device: the reads of the kernel."""
+"""A layer's data device, which answers the reads of the kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lazyfs.serving.fetcher import LayerFetcher
 
 
 class DataDevice:
-    """One layer of the open images that have it: its data device, readable at any address."""
+    """The data of one layer, readable at any address. All open images that have the layer share it."""
 
     def __init__(self, layer: CachedLayer, fetcher: LayerFetcher) -> None:
         self.layer = layer
@@ -25,24 +25,22 @@ class DataDevice:
         self.hits = self.misses = self.bytes_read = 0
 
     def promise(self, image: str, timeout_s: float) -> None:
-        """An image has the layer open, whose reads shall end within `timeout_s`. What it promised before holds, too.
-        Any thread."""
+        """An open image promises that reads end within `timeout_s`. What it promised before still holds. Any thread."""
         shortest_s = min(timeout_s, self._timeouts_s.get(image, timeout_s))
         self._timeouts_s = {**self._timeouts_s, image: shortest_s}
 
     def release(self, image: str) -> None:
-        """An image is closed: what it promised does not bind any more."""
+        """An image is closed: its promises bind no more."""
         self._timeouts_s = {one: timeout_s for one, timeout_s in self._timeouts_s.items() if one != image}
 
     @property
     def timeout_s(self) -> float:
-        """Within this a read(2) ends. The kernel does not say for which image a page is read: the shortest of all."""
+        """How long a read(2) may take: the shortest promise of all images, because the kernel does not say for which
+        one it reads a page."""
         return min(self._timeouts_s.values(), default=0.0)
 
     def read_cached(self, address: int, size_bytes: int) -> bytes | memoryview | None:
-        """Exactly the bytes asked for (cut at the end of the device) if all are here, else None. Any
-        thread.
-        """
+        """Exactly the bytes asked for, cut at the end of the device, if all are cached; else None. Any thread."""
         data = self.layer.read(address, size_bytes)
         if data is None:
             self.misses += 1
@@ -52,8 +50,8 @@ class DataDevice:
         return data
 
     async def read(self, address: int, size_bytes: int) -> bytes:
-        """The bytes, fetched if need be, within its share of `timeout_s`; raises LazyfsError. Never short,
-        never zeros for data.
+        """The bytes, fetched if need be, within the share of `timeout_s` (core/deadlines.py). Raises LazyfsError; never
+        short, never zeros in place of data.
         """
         blocks = self.layer.table.overlapping(address, size_bytes)
         timeout_s = self.timeout_s

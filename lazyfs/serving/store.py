@@ -1,4 +1,4 @@
-"""Opened images: namespace file, cache entries and fetchers of every image that a process serves."""
+"""Open images: namespace file, cache entries and fetchers of every image that a process serves."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ class _Documents(NamedTuple):
 
 
 class ImageStore:
-    """All images and layers a process has open; each layer once. Owned by the trio thread, lives in
-    `nursery`.
-    """
+    """All images and layers that a process has open, each layer once. Owned by the trio thread; its tasks run in
+    `nursery`."""
 
     def __init__(self, cache: CacheDirectory, nursery: trio.Nursery) -> None:
         self.cache = cache
@@ -49,7 +48,7 @@ class ImageStore:
         self._nursery = nursery
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
         self._sources = Sources()
-        # By manifest digest, so that a slow registry holds up nobody but those who want the same image.
+        # By manifest digest, so that a slow registry delays only those who open the same image.
         self._opening: collections.defaultdict[Digest, trio.Lock] = collections.defaultdict(trio.Lock)
         self._changing = trio.Lock()  # of `images` and `devices`; held across local work only
 
@@ -58,7 +57,7 @@ class ImageStore:
     ) -> Image | Missing:
         """Opens an image, or returns it with one more user if it is open already.
 
-        `timeout_s`: the longest a read of it waits. `make_index`: a missing index is made if that is soon done.
+        `timeout_s`: how long a read of it may take. `make_index`: a missing index is made if that is quickly done.
         `known` as for resolve(). Raises LazyfsError.
         """
         resolved = await self._resolve(text, access, timeout_s, known)
@@ -80,7 +79,7 @@ class ImageStore:
         return image
 
     async def _resolve(self, text: str, access: Access, timeout_s: float, known: str | None) -> Resolved:
-        """As resolve(). While its registry is away, a reference means what is open under it."""
+        """As resolve(). While the registry is unreachable, a reference means the image that is open under it."""
         patience_s = answer_s(timeout_s)
         try:
             return await resolve(self.cache, text, access, known, self._sources, patience_s)
@@ -118,7 +117,7 @@ class ImageStore:
         return found if isinstance(found, Missing) else _Documents(found, configs[0])
 
     async def _make_index(self, resolved: Resolved, config: bytes, missing: Missing) -> Found | Missing:
-        """Makes a missing index if nearly all of the image was read before."""
+        """Makes a missing index if nearly all layers of the image were read before."""
 
         def load() -> Callable[[CacheDirectory, Resolved, ImageConfig], Awaitable[bool]]:
             from lazyfs.indexing.small import make_small_index  # here, in a thread: takes 30 ms, and is rarely wanted
@@ -143,7 +142,7 @@ class ImageStore:
             return image
 
     def _assemble(self, resolved: Resolved, documents: _Documents, timeout_s: float) -> Image:
-        """Everything that needs no network: namespace file, cache entries, devices. In a worker thread."""
+        """Opens all that needs no network: namespace file, cache entries, devices. Runs in a worker thread."""
         lock_fd = self._lock(resolved.manifest_digest)
         fresh: dict[ContentRoot, DataDevice] = {}
         try:
