@@ -79,8 +79,8 @@ class CacheDirectory:
         return os.path.join(self.path, places.TMP)
 
     def entry_paths(self) -> Iterator[tuple[str, str]]:
-        """(kind, path) of all that can be evicted by itself, as far as it lies in one directory each: layers, images
-        and scans."""
+        """(kind, path) of everything with a directory of its own that can be evicted: layers, images, and indexes of
+        layers."""
         for kind, folder in _FOLDERS.items():
             directory = os.path.join(self.path, folder)
             for name in os.listdir(directory):

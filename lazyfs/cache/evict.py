@@ -27,9 +27,9 @@ _RUBBISH_AGE_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A layer's data, an image's documents, a layer's scan, or an upper directory. Times: seconds since the epoch."""
+    """A layer's data, an image's documents, a layer's indexes, or an upper directory. Times in s since the epoch."""
 
-    kind: str  # "layer", "image", "scan" or "upper"
+    kind: str  # "layer", "image", "scan" (indexes of a layer) or "upper"
     name: str  # 64 hex digits: content root, manifest digest or digest of the layer's blob; random for an upper
     path: str
     size_bytes: int  # on disk, holes not counted
@@ -66,7 +66,7 @@ def remove(cache: CacheDirectory, entry: Entry) -> bool:
                 return False
             grave = cache.set_aside(entry.path)
     else:
-        grave = cache.set_aside(entry.path)  # a scan, or an entry that lost its lock file: nobody can use it
+        grave = cache.set_aside(entry.path)  # it lost its lock file, so nobody can use it
     _delete(grave)
     return not os.path.lexists(entry.path)
 

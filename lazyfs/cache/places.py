@@ -6,7 +6,7 @@ import os
 
 from lazyfs.system.private import check_private, make_private
 
-# Directly in the cache directory. What layers, scans and upper directories consist of is said in their modules.
+# Directly in the cache directory. layer.py, scans.py and uppers.py say what lies in the directories of each kind.
 VERSION = "version"
 LAYERS, INDEXES, SCANS, REFS, UPPERS, TMP = "layers", "indexes", "scans", "refs", "uppers", "tmp"
 # In an image's directory: the file that the kernel mounts, by which mountinfo shows that a mount is ours.

@@ -112,7 +112,7 @@ async def serve(cache: str, runtime: str, status: socket.socket, opener: Opener 
             return 1
         request = parse_request(line)
         if not isinstance(request, FuseMount):
-            raise messages.ProtocolError(f"a fusemount process cannot do {op_of(request)!r}")
+            raise messages.ProtocolError(f"a fuse process cannot do {op_of(request)!r}")
         async with opener(cache, request.mount) as image:
             if isinstance(image, Missing):
                 await client.send(replies.needs_index(image.manifest_digest, image.reasons))
@@ -261,7 +261,7 @@ def _listening(path: str) -> Iterator[socket.socket]:
 def run(cache: str, runtime: str, status_fd: int, opener: Opener = open_image) -> int:
     """`serve` as the whole program: logging, the wake-up signal, and an exit code for everything."""
     logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s fusemount[{os.getpid()}] %(levelname)s %(message)s"
+        level=logging.INFO, format=f"%(asctime)s fuse[{os.getpid()}] %(levelname)s %(message)s"
     )
     logging.raiseExceptions = False  # a full disk under the log is no reason to end
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -56,7 +56,7 @@ def _start(wanted: Wanted, place: str, reporter: Reporter) -> Lease:
         if connection is not None and process is not None:
             connection.close()
             process.end()
-        connection, process = launch.start_fusemount(wanted.cache, wanted.runtime, wanted.image, place)
+        connection, process = launch.start_fuse_process(wanted.cache, wanted.runtime, wanted.image, place)
         request = {
             "op": "fuse_mount",
             **wanted.request(),

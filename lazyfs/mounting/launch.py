@@ -153,7 +153,7 @@ def connect_or_start(cache: str, runtime: str) -> Connection:
     raise StartError(f"the daemon does not listen at {path} after {START_DEADLINE_S:g} s", f"see {log}")
 
 
-def start_fusemount(
+def start_fuse_process(
     cache: str, runtime: str, image: str, target: str
 ) -> tuple[Connection, Child]:
     """A ``lazyfs.daemon.fuseworker`` process that waits for its "fuse_mount" request on the returned connection. Image

@@ -1,4 +1,4 @@
-"""A fusemount process over local files instead of an image in a registry, whose reads a test can disturb.
+"""A fuse process over local files instead of an image in a registry, whose reads a test can disturb.
 
     python -m tests.daemon.localimage DIRECTORY CACHE RUNTIME STATUS_FD FAULT_FD
 

@@ -31,7 +31,7 @@ AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-group
 
 
 class Served:
-    """A fusemount process over a local image."""
+    """A fuse process over a local image."""
 
     def __init__(self, directory: Path, target: Path, runtime: Path, prefix: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair()

@@ -32,7 +32,7 @@ def workers(cache: Path) -> list[int]:
     return _processes("lazyfs.daemon", cache)
 
 
-def fusemounts(cache: Path) -> list[int]:
+def fuse_processes(cache: Path) -> list[int]:
     return _processes("lazyfs.daemon.fuseworker", cache)
 
 
@@ -70,7 +70,7 @@ def end_daemon(cache: Path) -> None:
         kill(pid, signal.SIGTERM)
     for pid in workers(cache):  # of a keeper that was killed
         kill(pid, signal.SIGKILL)
-    for pid in fusemounts(cache):
+    for pid in fuse_processes(cache):
         kill(pid, signal.SIGKILL)
 
 

@@ -17,7 +17,7 @@ from lazyfs.control import rundir
 from tests.conftest import ROOT, Lazyfs, unmount
 from tests.faults.conftest import Mount
 from tests.faults.load import lose_blocks, readers, write_truth
-from tests.faults.processes import fusemounts, keepers, kill, the_worker, wait_for, wait_for_successor
+from tests.faults.processes import fuse_processes, keepers, kill, the_worker, wait_for, wait_for_successor
 from tests.faults.world import GRACE_S, World, assert_io_error, assert_right, read
 from tests.servers import FaultProxy, Rule
 
@@ -133,7 +133,7 @@ def test_a_killed_fuse_process_is_cleaned_up(
 ) -> None:
     target = mount(world.image(proxy.host), "backend=fuse")
     assert_right(world, target, "l0/large")
-    kill(fusemounts(cache)[0])
+    kill(fuse_processes(cache)[0])
     outcome = read(target / "l0/large")
     assert outcome.data is None
     assert outcome.error in (errno.ENOTCONN, errno.EIO)

@@ -117,7 +117,7 @@ def foreground_daemon(cache: Path, linger_s: float = LINGER_S) -> Iterator[subpr
 
 
 def processes(cache: Path, module: bytes = b"lazyfs.") -> list[int]:
-    """Keeper, daemon and fusemount processes of a cache, or those of one module."""
+    """Keeper, daemon and fuse processes of a cache, or those of one module."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
