@@ -34,7 +34,7 @@ log = logging.getLogger("lazyfs.daemon")
 
 _RESTORE_S = 3.0  # opening from the cache takes milliseconds; if it fails, reads open the image
 _CLOSE_S = 3.0
-_KEPT_AS = "image:"  # a descriptor's name at the keeper, less the manifest digest
+_HELD_AS = "image:"  # a descriptor's name at the keeper, less the manifest digest
 # A cached file is read at 2.1 GB/s, with the kernel's 128 KiB at 1.5 GB/s.
 _READ_AHEAD_KIB = 1024
 
@@ -60,9 +60,9 @@ class Root:
         return bool(self.targets or self.holds or self.leases)
 
     @property
-    def kept_as(self) -> str:
+    def held_as(self) -> str:
         """The name of the EROFS mount's descriptor at the keeper."""
-        return _kept_as(self.image.manifest_digest)
+        return _held_as(self.image.manifest_digest)
 
     def widen_read_ahead(self) -> None:
         """Widens the kernel's read-ahead once the whole image is cached. Until then it stays small, because every byte
@@ -84,8 +84,8 @@ class Root:
         )
 
 
-def _kept_as(manifest_digest: Digest) -> str:
-    return f"{_KEPT_AS}{manifest_digest}"
+def _held_as(manifest_digest: Digest) -> str:
+    return f"{_HELD_AS}{manifest_digest}"
 
 
 class Lease:
@@ -162,7 +162,7 @@ class Roots:
 
     def clone(self, root: Root) -> int:
         """A descriptor of a detached clone of its mount; the caller owns it."""
-        return clone_mount(self._link.held[root.kept_as])
+        return clone_mount(self._link.held[root.held_as])
 
     def attach(self, target: Attached) -> None:
         """A client has attached a mount of a root. Raises UserError."""
@@ -223,7 +223,7 @@ class Roots:
         new = tuning.erofs_devices() - before
         root.backing_device = new.pop() if len(new) == 1 else None
         root.widen_read_ahead()
-        self._link.hold(root.kept_as, mount_fd)
+        self._link.hold(root.held_as, mount_fd)
         self._roots[image.manifest_digest] = root
         self._changed()
         return root
@@ -242,7 +242,7 @@ class Roots:
             del self._roots[root.image.manifest_digest]
             self._release_devices(root)
             self._changed()
-            self._link.drop(root.kept_as)
+            self._link.drop(root.held_as)
             await self._store.close(root.image)
         return True
 
@@ -265,8 +265,8 @@ class Roots:
         async with trio.open_nursery() as nursery:
             for one in saved:
                 nursery.start_soon(self._restore, one)
-        kept = {root.kept_as for root in self._roots.values()}
-        for name in [one for one in self._link.held if one.startswith(_KEPT_AS) and one not in kept]:
+        held = {root.held_as for root in self._roots.values()}
+        for name in [one for one in self._link.held if one.startswith(_HELD_AS) and one not in held]:
             self._link.drop(name)  # the predecessor died after it mounted and before it saved its state
 
     async def _restore(self, old: SavedRoot) -> None:
@@ -280,7 +280,7 @@ class Roots:
             if isinstance(image, Missing):
                 raise ImageError("its index is gone")
             self._devices.add(image)
-            dev = dev_of(self._link.held[_kept_as(old.manifest_digest)])
+            dev = dev_of(self._link.held[_held_as(old.manifest_digest)])
         except (LazyfsError, KeyError, trio.TooSlowError) as error:
             log.error("cannot take up %s again; its next read tries to: %r", old.image, error)
             self._devices.remember(old.released())

@@ -40,10 +40,10 @@ def assemble(
     resolved: Resolved,
     made: Sequence[MadeLayer],
     entries: Mapping[Digest, list[LayerEntry]],
-    scans: CacheDirectory | None,
+    index_cache: CacheDirectory | None,
 ) -> BuiltIndex:
     """The index of an image whose layers have the indexes `made`. `entries`: of the layers that were read just now, by
-    digest of the blob. `scans`: where trees are kept. Raises ImageError.
+    digest of the blob. `index_cache`: where trees are kept. Raises ImageError.
     """
     layers = resolved.manifest.layers
     parts = [one.part for one in made]
@@ -56,19 +56,19 @@ def assemble(
         missing = [entries.get(layers[n].digest) or made[n].head.entries() for n in range(start, end)]
         return extend(base, missing, start)
 
-    tree, height = _kept_tree(scans, layers, made)
-    if scans is not None and height < known:
+    tree, height = _kept_tree(index_cache, layers, made)
+    if index_cache is not None and height < known:
         tree, height = grown(tree, height, known), known
         try:
             namespace = write_namespace(tree, devices[:known])
-            keep_chain(scans, layers[:known], encode_image("", namespace, parts[:known], heads))
+            keep_chain(index_cache, layers[:known], encode_image("", namespace, parts[:known], heads))
         except ImageError:
             pass  # these layers alone cannot be represented; later layers may replace what is wrong
     tree = grown(tree, height, len(layers))
     namespace = write_namespace(tree, devices)
     index = encode_image(resolved.manifest_digest, namespace, parts, heads)
-    if scans is not None and layers:
-        keep_chain(scans, layers, index)
+    if index_cache is not None and layers:
+        keep_chain(index_cache, layers, index)
     blobs = {one.part.index_digest: one.blob for one in made}
     return BuiltIndex(index, blobs, sum(part.record.tar_bytes for part in parts))
 
@@ -81,13 +81,13 @@ def _known(layers: Sequence[Descriptor], entries: Mapping[Digest, list[LayerEntr
 
 
 def _kept_tree(
-    scans: CacheDirectory | None, layers: Sequence[Descriptor], made: Sequence[MadeLayer]
+    index_cache: CacheDirectory | None, layers: Sequence[Descriptor], made: Sequence[MadeLayer]
 ) -> tuple[Node, int]:
     """The tree of the largest number of lowest layers of which one is kept, and that number."""
     parts = [one.part for one in made]
-    for height in range(len(layers), 0, -1) if scans is not None else ():
-        assert scans is not None
-        kept = load_chain(scans, layers[:height])
+    for height in range(len(layers), 0, -1) if index_cache is not None else ():
+        assert index_cache is not None
+        kept = load_chain(index_cache, layers[:height])
         # Only a tree of exactly these indexes: what another version made must not be mixed with them.
         if kept is not None and list(kept.parts) == parts[:height]:
             try:

@@ -53,12 +53,13 @@ async def build_index(
     config: ImageConfig,
     cache: CacheDirectory | None,
     on_progress: Callable[[LayerProgress], None] = lambda progress: None,
-    scans: CacheDirectory | None = None,
+    index_cache: CacheDirectory | None = None,
 ) -> BuiltIndex:
     """Streams the layers of an image and returns its index. With `cache`, fills that with their blocks.
 
-    A layer that occurs twice is read once. `scans`: the cache directory that keeps layer indexes. With it, a layer that
-    was read for another image is not read again (so its blocks do not get into `cache`), and new indexes are kept.
+    A layer that occurs twice is read once. `index_cache`: the cache directory that keeps layer indexes. With it, a
+    layer that was read for another image is not read again (so its blocks do not get into `cache`), and new indexes are
+    kept.
 
     Raises ImageError (also if a layer does not have the DiffID of the config) and RemoteError. Then only whole layers
     and layer indexes stay in the cache.
@@ -76,12 +77,12 @@ async def build_index(
     async def scan(layer: Descriptor) -> None:
         diff_id = expected[layer.digest]
         known = None
-        if scans is not None:
-            known = await trio.to_thread.run_sync(load_made, scans, layer, diff_id)
+        if index_cache is not None:
+            known = await trio.to_thread.run_sync(load_made, index_cache, layer, diff_id)
         if known is None:
             found = await _scan_layer(resolved, layer, diff_id, cache, on_progress)
             entries[layer.digest] = found.entries
-            known = await trio.to_thread.run_sync(_encode, found, scans)
+            known = await trio.to_thread.run_sync(_encode, found, index_cache)
         else:
             tar_bytes = known.part.record.tar_bytes
             on_progress(LayerProgress(layer.digest, layer.size_bytes, layer.size_bytes, tar_bytes))
@@ -90,13 +91,13 @@ async def build_index(
     distinct = {layer.digest: layer for layer in layers}.values()
     await together(*(functools.partial(scan, layer) for layer in distinct), at_most=_LAYERS_AT_ONCE)
     ordered = [made[layer.digest] for layer in layers]
-    return await trio.to_thread.run_sync(assemble, resolved, ordered, entries, scans)
+    return await trio.to_thread.run_sync(assemble, resolved, ordered, entries, index_cache)
 
 
-def _encode(scan: LayerScan, scans: CacheDirectory | None) -> MadeLayer:
+def _encode(scan: LayerScan, index_cache: CacheDirectory | None) -> MadeLayer:
     made = MadeLayer(encode_layer(scan))
-    if scans is not None:
-        keep_made(scans, made)
+    if index_cache is not None:
+        keep_made(index_cache, made)
     return made
 
 

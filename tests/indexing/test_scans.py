@@ -30,7 +30,7 @@ async def build(store: CacheDirectory, reference: str, scans: CacheDirectory | N
     async with localimages.resolved(store, reference) as found:
         config = parse_config(await load_config(store, found))
         found.source.counters.bytes_fetched = 0
-        built = await build_index(found, config, None, scans=scans)
+        built = await build_index(found, config, None, index_cache=scans)
         sizes = [layer.size_bytes for layer in found.manifest.layers]
         ways = [n for n in range(1 << len(sizes)) if _sum(sizes, n) == found.source.counters.bytes_fetched]
         assert len(ways) == 1, "the sizes of the layers do not tell them apart"
@@ -104,7 +104,7 @@ async def test_a_layer_of_another_size_is_read(store: CacheDirectory, tmp_path: 
         other = layer._replace(size_bytes=layer.size_bytes - 1)
         found.manifest = found.manifest._replace(layers=(other,))
         with pytest.raises(ImageError):
-            await build_index(found, config, None, scans=store)
+            await build_index(found, config, None, index_cache=store)
 
 
 async def test_a_scan_that_cannot_be_kept_is_an_error_of_this_host(store: CacheDirectory, tmp_path: Path) -> None:

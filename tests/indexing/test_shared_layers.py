@@ -245,7 +245,7 @@ async def test_what_was_fetched_makes_no_index(store: CacheDirectory, tmp_path: 
         config = parse_config(await load_config(user, image))
         (layer,) = image.manifest.layers
         image.source.counters.bytes_fetched = 0
-        assert await build_index(image, config, None, scans=user) == built
+        assert await build_index(image, config, None, index_cache=user) == built
         assert image.source.counters.bytes_fetched == layer.size_bytes
     # The other way round it serves: nothing is fetched of an index whose layers were indexed here.
     shutil.rmtree(Path(user.path, "indexes"))
