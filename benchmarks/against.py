@@ -165,17 +165,21 @@ def indexing(build: Build, backend: str) -> Sample:
     found["index of the image, whole command: s"] = whole_s
     found["index size: bytes"] = index_bytes(build.registry_url, build.reference("indexed"))
     cache = build.fresh("index")
+    # Of their own in each round: a registry takes nothing twice.
+    many, changed = (f"{name}-{next(_serial)}" for name in ("many", "changed"))
+    for name, layout in zip((many, changed), manyfiles.layouts(build.fresh("layouts")), strict=True):
+        push(layout, image.TAG, build.reference(name))
     with build.proxy() as proxy:
-        command.index(build.reference("many", proxy.host), cache, program=build.program)
+        command.index(build.reference(many, proxy.host), cache, program=build.program)
         proxy.requests.clear()
-        _, whole_s = command.index(build.reference("changed", proxy.host), cache, program=build.program)
+        _, whole_s = command.index(build.reference(changed, proxy.host), cache, program=build.program)
         uploads = [one for one in proxy.requests if one.method in ("PUT", "PATCH", "POST")]
         found["index after a change of one file in 33,000, pushed: s"] = whole_s
         found["the same: bytes pushed"] = sum(int(one.headers.get("content-length", 0)) for one in uploads)
     with build.proxy() as proxy, build.cold(backend) as lazyfs, contextlib.ExitStack() as stack:
-        stack.enter_context(lazyfs.mounted(build.reference("many", proxy.host), build.fresh("root")))
+        stack.enter_context(lazyfs.mounted(build.reference(many, proxy.host), build.fresh("root")))
         before_bytes = proxy.bytes_sent
-        stack.enter_context(lazyfs.mounted(build.reference("changed", proxy.host), build.fresh("root")))
+        stack.enter_context(lazyfs.mounted(build.reference(changed, proxy.host), build.fresh("root")))
         found["mount of a second image on a cached base: bytes fetched"] = proxy.bytes_sent - before_bytes
     shutil.rmtree(cache)
     return found
@@ -199,9 +203,6 @@ def prepare(build: Build) -> None:
     pictures = {"indexed": image.interpreters(), "plain": image.interpreters(), "large": image.large_file()}
     for name, picture in pictures.items():
         push(picture.layout, image.TAG, build.reference(name))
-    first, changed = manyfiles.layouts(build.fresh("layouts"))
-    push(first, image.TAG, build.reference("many"))
-    push(changed, image.TAG, build.reference("changed"))
     for name in ("indexed", "large"):
         command.index(build.reference(name), build.fresh("prepared"), program=build.program)
 
