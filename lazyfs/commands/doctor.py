@@ -173,7 +173,7 @@ def _trials() -> Iterator[Check]:
     if not host.is_root() or host.kernel_version() < host.KERNEL_BACKEND_SINCE:
         return
     from lazyfs.core.erofs.writer import write_erofs
-    from lazyfs.core.tar.reader import Kind
+    from lazyfs.core.tar.kinds import Kind
     from lazyfs.core.tar.tree import Node
     from lazyfs.system.detached import erofs_mount_detached, overlay_mount_detached
 

@@ -12,6 +12,7 @@ import trio
 from lazyfs.cache import places
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.commands.report import human_bytes, table
+from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import ImageError
 from lazyfs.images.documents import Found, Missing, find_index, load_config
@@ -34,7 +35,7 @@ def inspect(args: argparse.Namespace) -> int:
             if isinstance(found, Found):
                 index, state = found.index, "attached" if found.artifact_digest else "in the cache"
                 try:
-                    await trio.to_thread.run_sync(found.namespace.check)
+                    await trio.to_thread.run_sync(ErofsReader(found.namespace.buffer).check)
                 except ImageError as error:
                     reasons.append(error.message)
             if reasons:

@@ -37,7 +37,7 @@ from lazyfs.control import messages, replies
 from lazyfs.control.requests import FuseMount, Mount, op_of, parse_request
 from lazyfs.control.server import ControlStream, Service, converse
 from lazyfs.control.server import serve as serve_clients
-from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.erofs.metadata import Metadata
 from lazyfs.daemon.arguments import parse_arguments
 from lazyfs.daemon.attachments import Attachments, FuseRequests
 from lazyfs.errors import HostError, LazyfsError
@@ -146,7 +146,7 @@ class _Session:
         with open(image.namespace_path, "rb") as file:
             namespace = file.read()
         self._operations = RootOperations(
-            ErofsReader(namespace), image.layers, enable_acl=may_have_acls(namespace)
+            Metadata(namespace), image.layers, enable_acl=may_have_acls(namespace)
         )
         self._image = image
         self._request = request

@@ -4,7 +4,7 @@ An image is immutable, so the kernel may keep all answers for ever, and the hand
 is the EROFS nid plus 2; hard links share an inode because they share a nid; FORGET means nothing. Only open
 directories have state: the position of their listing.
 
-Metadata comes from the namespace file (`ErofsReader`) and never awaits anything. A read is answered from the cache
+Metadata comes from the namespace file (`Metadata`) and never awaits anything. A read is answered from the cache
 at once, or after its fetch: with the bytes or EIO, never less. Only FUSEError leaves a handler: any other exception
 would end pyfuse3's loop, and with it the process and the mount.
 """
@@ -24,8 +24,8 @@ import trio
 from pyfuse3 import FileHandleT, FileNameT, FUSEError, XAttrNameT
 
 from lazyfs.core.erofs.format import BLOCK_BYTES, NAME_MAX
-from lazyfs.core.erofs.reader import ErofsReader
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.erofs.metadata import Metadata
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import HostError, ImageError, LazyfsError
 from lazyfs.fuse.device import LayerData
 from lazyfs.fuse.repeats import RepeatFilter
@@ -82,7 +82,7 @@ class _Listing:
 
     __slots__ = ("_entries", "_last", "_nid", "_position", "_reader")
 
-    def __init__(self, reader: ErofsReader, nid: int) -> None:
+    def __init__(self, reader: Metadata, nid: int) -> None:
         self._reader = reader
         self._nid = nid
         self._rewind()
@@ -132,7 +132,7 @@ class RootOperations(pyfuse3.Operations):
     supports_dot_lookup = False  # only NFS export needs it
     enable_writeback_cache = False
 
-    def __init__(self, reader: ErofsReader, layers: Sequence[LayerData], *, enable_acl: bool = False) -> None:
+    def __init__(self, reader: Metadata, layers: Sequence[LayerData], *, enable_acl: bool = False) -> None:
         if [device.size_bytes for device in reader.devices] != [layer.size_bytes for layer in layers]:
             raise ImageError("the layers do not fit the image's namespace", "build the index again")
         self.enable_acl = enable_acl

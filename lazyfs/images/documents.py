@@ -14,7 +14,7 @@ from lazyfs.cache import images
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory, read_file
 from lazyfs.cache.scans import KeptLayerIndex
-from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.erofs.metadata import Metadata
 from lazyfs.core.index import imageindex, v1
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.layerindex import LayerHead
@@ -43,7 +43,7 @@ class Found:
     """
 
     index: ImageIndex | v1.IndexV1
-    namespace: ErofsReader
+    namespace: Metadata
     layers: Mapping[int, FoundLayer]
     artifact_digest: str = ""
 
@@ -163,7 +163,7 @@ class _Finder:
             layers[number] = FoundLayer(head, kept, windows_digest)
         return Found(index, namespace, layers, artifact_digest)
 
-    async def _namespace(self, index: ImageIndex | v1.IndexV1) -> ErofsReader:
+    async def _namespace(self, index: ImageIndex | v1.IndexV1) -> Metadata:
         """The namespace, which is a file in the cache from now on. ImageError unless the index is of this very image:
         manifest, layers and sizes agree."""
         ours = [(layer.digest, layer.size_bytes) for layer in self._resolved.manifest.layers]
@@ -172,13 +172,13 @@ class _Finder:
         ]:
             raise ImageError("the index belongs to another image")
 
-        def read() -> ErofsReader:
+        def read() -> Metadata:
             path = images.namespace_path(self._cache, self._digest)
             namespace = read_file(path)
             if namespace is not None and hashlib.sha256(namespace).hexdigest() == index.namespace_sha256:
-                return ErofsReader(namespace)
+                return Metadata(namespace)
             namespace = index.namespace()
-            reader = ErofsReader(namespace)
+            reader = Metadata(namespace)
             images.make_index_directory(self._cache, self._digest)
             self._cache.write_atomically(path, namespace)
             return reader
@@ -186,7 +186,7 @@ class _Finder:
         return await trio.to_thread.run_sync(read)
 
 
-def _numbers(index: ImageIndex | v1.IndexV1, namespace: ErofsReader, all_layers: bool) -> list[int]:
+def _numbers(index: ImageIndex | v1.IndexV1, namespace: Metadata, all_layers: bool) -> list[int]:
     """Of each layer that is a device of the namespace its first number; or those of all."""
     first: dict[ContentRoot, int] = {}
     for number, layer in enumerate(index.layers):

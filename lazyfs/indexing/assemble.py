@@ -14,6 +14,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.scans import MadeLayer, keep_chain, load_chain
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.imageindex import INLINE_BYTES, encode_image
+from lazyfs.core.index.layerscan import entries_of
 from lazyfs.core.index.namespace import LayerDevice, read_tree, write_namespace
 from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
@@ -53,7 +54,7 @@ def assemble(
     known = _known(layers, entries)
 
     def grown(base: Node, start: int, end: int) -> Node:
-        missing = [entries.get(layers[n].digest) or made[n].head.entries() for n in range(start, end)]
+        missing = [entries.get(layers[n].digest) or entries_of(made[n].head) for n in range(start, end)]
         return extend(base, missing, start)
 
     tree, height = _kept_tree(index_cache, layers, made)

@@ -17,7 +17,7 @@ import trio
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.fill import LayerFill
 from lazyfs.cache.scans import MadeLayer, keep_made, load_made
-from lazyfs.core.index.layerindex import LayerScan, encode_layer
+from lazyfs.core.index.layerscan import LayerScan, encode_layer
 from lazyfs.core.index.record import LayerRecord
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import Compression, detect_compression, encode_points

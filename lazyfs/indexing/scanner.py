@@ -7,7 +7,8 @@ import hashlib
 from lazyfs.cache.fill import LayerFill
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTableBuilder
 from lazyfs.core.oci.digests import DiffId
-from lazyfs.core.tar.reader import Kind, TarData, TarEntry, TarReader
+from lazyfs.core.tar.kinds import Kind
+from lazyfs.core.tar.reader import TarData, TarEntry, TarReader
 from lazyfs.core.tar.tree import LayerEntry
 
 

@@ -11,13 +11,15 @@ from typing import Any
 from backports import zstd
 
 from lazyfs.core.index.imageindex import LayerPart
-from lazyfs.core.index.layerindex import LayerHead, LayerScan, encode_layer
+from lazyfs.core.index.layerindex import LayerHead
+from lazyfs.core.index.layerscan import LayerScan, encode_layer
 from lazyfs.core.index.record import LayerRecord
 from lazyfs.core.index.windows import pack_windows
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTableBuilder
 from lazyfs.core.layer.spans import Compression, Point, PointKind, encode_points
 from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest, sha256_digest
-from lazyfs.core.tar.reader import Kind, TarEntry
+from lazyfs.core.tar.kinds import Kind
+from lazyfs.core.tar.reader import TarEntry
 from lazyfs.core.tar.tree import LayerEntry
 
 DIGEST, DIFF_ID = Digest("sha256:" + "ab" * 32), DiffId("sha256:" + "cd" * 32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lazyfs.core.tar.reader import Kind, TarEntry
+from lazyfs.core.tar.kinds import Kind
+from lazyfs.core.tar.reader import TarEntry
 from lazyfs.core.tar.tree import LayerEntry, Node, flatten
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lazyfs.core.erofs.reader import ErofsReader, Inode
 from lazyfs.core.erofs.writer import Device
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 
 BLOCK = 4096

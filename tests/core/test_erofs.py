@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.erofs.writer import write_erofs
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 from tests.core.namespaces import BLOCK, DEVICES, compare, directory, node, small_tree, trees, walk
 

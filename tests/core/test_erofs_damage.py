@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lazyfs.core.erofs.format import SUPER_OFFSET, superblock_checksum
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.erofs.writer import write_erofs
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError
 from tests.core.namespaces import BLOCK, DEVICES, count_links, directory, node, small_tree
 

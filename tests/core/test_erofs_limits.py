@@ -8,7 +8,7 @@ import pytest
 
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.erofs.writer import Device, write_erofs
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 from lazyfs.errors import ImageError
 from tests.core.namespaces import BLOCK, DEVICES, compare, directory, node

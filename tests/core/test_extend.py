@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.namespace import LayerDevice, read_tree, write_namespace
 from lazyfs.core.oci.digests import ContentRoot
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import LayerEntry, Node, extend, flatten
 from lazyfs.errors import ImageError
 from tests.core.layerentries import directory, entry, file, hardlink, symlink, walk

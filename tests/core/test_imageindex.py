@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.core.index.imageindex import INLINE_BYTES, ImageIndex, encode_image
-from lazyfs.core.index.layerindex import LayerHead, encode_layer
+from lazyfs.core.index.layerindex import LayerHead
+from lazyfs.core.index.layerscan import encode_layer
 from lazyfs.errors import ImageError
 from tests.core.indexes import LAYER, NO_JSON, file_entry, make_scan, part_of, with_header, with_header_text
 

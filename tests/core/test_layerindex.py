@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.core.index.entries import decode_entries, encode_entries
-from lazyfs.core.index.layerindex import LayerHead, LayerScan, encode_layer
-from lazyfs.core.tar.reader import Kind, TarEntry
+from lazyfs.core.index.layerindex import LayerHead
+from lazyfs.core.index.layerscan import LayerScan, encode_layer, entries_of
+from lazyfs.core.tar.kinds import Kind
+from lazyfs.core.tar.reader import TarEntry
 from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.errors import ImageError
 from tests.core.indexes import LAYER, NO_JSON, SCAN, make_scan, with_header, with_header_text
@@ -47,7 +49,7 @@ def read_all(blob: bytes) -> LayerScan:
     groups = [blob[at : at + length] for at, length in head.windows]
     if hashlib.sha256(b"".join(groups)).hexdigest() != head.windows_sha256:
         raise ImageError("other windows")
-    return LayerScan(head.record, head.entries(), head.table(), head.spans(), groups)
+    return LayerScan(head.record, entries_of(head), head.table(), head.spans(), groups)
 
 
 @given(st.lists(tar_entries(), max_size=6), st.integers(0, 20))
@@ -64,7 +66,7 @@ def test_the_head_alone_has_what_a_mount_needs() -> None:
         head = LayerHead(LAYER[:end])
         assert (head.table(), head.spans(), head.windows) == (SCAN.table, SCAN.span_records, whole.windows)
         with pytest.raises(ImageError):
-            head.entries()
+            entries_of(head)
     for length in (whole.head_bytes - 1, 0, 15, 16, 40):
         with pytest.raises(ImageError):
             LayerHead(LAYER[:length])
@@ -72,7 +74,7 @@ def test_the_head_alone_has_what_a_mount_needs() -> None:
 
 def test_segments_are_not_kept() -> None:
     entry = TarEntry(b"sparse", Kind.FILE, 0o644, 0, 0, 100, 2, 3, segments=((0, 512, 100),))
-    (kept,) = LayerHead(encode_layer(make_scan([entry]))).entries()
+    (kept,) = entries_of(LayerHead(encode_layer(make_scan([entry]))))
     assert kept == LayerEntry(dataclasses.replace(entry, segments=()), 0)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazyfs.core.tar import reader
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError
 from tests.tarblocks import END, Member, contents, header, member, read
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.core.tar import fields, reader
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError
 from tests.tarblocks import END, header, member, only, pax_member, read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import LayerEntry, flatten
 from lazyfs.errors import ImageError
 from tests.core.layerentries import directory, entry, file, hardlink, paths, symlink, tree

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import LayerEntry, flatten
 from lazyfs.errors import ImageError
 from tests.core.layerentries import directory, entry, file, hardlink, walk

@@ -12,7 +12,7 @@ from typing import Any
 
 from lazyfs.core.erofs.format import TYPE_BITS
 from lazyfs.core.erofs.writer import Device, write_erofs
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 
 BLOCK_BYTES = 4096

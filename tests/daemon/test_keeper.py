@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.core.erofs.writer import Device, write_erofs
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 from lazyfs.daemon.arguments import parse_arguments
 from lazyfs.daemon.keeper import backoff_s

@@ -21,7 +21,7 @@ from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import Compression, SpanTable
 from lazyfs.core.oci.documents import parse_config
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.images.documents import load_config
 from lazyfs.indexing.build import build_index

@@ -10,7 +10,7 @@ import pytest
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.evict import collect, entries, remove
-from lazyfs.core.erofs.reader import ErofsReader
+from lazyfs.core.erofs.metadata import Metadata
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.core.tar.tree import LayerEntry, Node, extend
@@ -142,16 +142,16 @@ async def test_a_warm_open_decodes_no_table_and_reads_the_namespace_once(
             await images.close(await opened(images, reference))
         read: list[int] = []
 
-        def count(buffer: bytes, read: list[int] = read) -> ErofsReader:
+        def count(buffer: bytes, read: list[int] = read) -> Metadata:
             read.append(len(buffer))
-            return ErofsReader(buffer)
+            return Metadata(buffer)
 
         def refuse(decoded: object) -> bytes:
             raise AssertionError("it is here already")
 
         async with image_store(cache) as images:
             with monkeypatch.context() as patch:
-                patch.setattr("lazyfs.images.documents.ErofsReader", count)
+                patch.setattr("lazyfs.images.documents.Metadata", count)
                 patch.setattr("lazyfs.core.index.layerindex.unpack_table", refuse)
                 patch.setattr("lazyfs.core.index.imageindex.ImageIndex.namespace", refuse)
                 image = await opened(images, reference, OFFLINE)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from lazyfs.core.tar.reader import Kind, TarEntry, TarReader
+from lazyfs.core.tar.kinds import Kind
+from lazyfs.core.tar.reader import TarEntry, TarReader
 from lazyfs.core.tar.tree import LayerEntry, Node, flatten
 from lazyfs.errors import ImageError
 from tests.layertar import EXAMPLE_ACL, LayerTar, capability

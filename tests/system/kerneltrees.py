@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lazyfs.core.erofs.writer import Device
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 from lazyfs.system import mountapi
 

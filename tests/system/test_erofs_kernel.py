@@ -16,7 +16,7 @@ import pytest
 
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.erofs.writer import write_erofs
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 from lazyfs.system import syscalls
 from tests.system.kerneltrees import BLOCK, Data, count_links, directory, everything, file, make, mounted, node, seen

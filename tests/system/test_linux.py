@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.core.erofs.writer import Device, write_erofs
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 from lazyfs.errors import HostError
 from lazyfs.system import detached, mountapi, mountinfo, sockets, syscalls

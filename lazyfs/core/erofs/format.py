@@ -18,7 +18,7 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError
 
 BLOCK_BYTES = 4096

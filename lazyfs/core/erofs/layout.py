@@ -24,7 +24,7 @@ from lazyfs.core.erofs.format import (
     xattr_body,
 )
 from lazyfs.core.erofs.unread import PlainFiles
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node, UnreadChildren
 from lazyfs.errors import ImageError
 

@@ -44,7 +44,7 @@ from lazyfs.core.erofs.format import (
     parse_xattr_body,
     superblock_checksum,
 )
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError
 
 if TYPE_CHECKING:

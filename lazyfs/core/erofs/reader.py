@@ -20,7 +20,7 @@ from lazyfs.core.erofs.format import (
 )
 from lazyfs.core.erofs.metadata import Inode, Metadata, damaged
 from lazyfs.core.erofs.unread import PlainFiles
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node, UnreadChildren
 
 __all__ = ["Device", "ErofsReader", "Inode"]

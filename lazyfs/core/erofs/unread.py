@@ -24,7 +24,7 @@ from lazyfs.core.erofs.format import (
     SLOT_BYTES,
     Device,
 )
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node
 
 _REGULAR = 0o100000

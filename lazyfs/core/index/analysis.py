@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
-from lazyfs.core.erofs.reader import ErofsReader, Inode
+from lazyfs.core.erofs.metadata import Inode, Metadata
 from lazyfs.core.index.record import LayerRecord
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.oci.digests import ContentRoot, Digest
-from lazyfs.core.tar.reader import Kind
+from lazyfs.core.tar.kinds import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ Present = Callable[[ContentRoot, BlockTable], Sequence[int]]
 
 
 def analyse(
-    reader: ErofsReader,
+    reader: Metadata,
     layers: Sequence[tuple[LayerRecord, BlockTable]],
     present: Present,
     elsewhere: Container[bytes],
@@ -72,7 +72,7 @@ def analyse(
     return ImageAnalysis(reader.inode_count, tuple(found))
 
 
-def _visible(reader: ErofsReader) -> dict[ContentRoot, tuple[int, int]]:
+def _visible(reader: Metadata) -> dict[ContentRoot, tuple[int, int]]:
     """Content root -> how many files of the root have their data there, and how many bytes."""
     counts: dict[ContentRoot, tuple[int, int]] = {}
     for inode in _inodes(reader):
@@ -83,7 +83,7 @@ def _visible(reader: ErofsReader) -> dict[ContentRoot, tuple[int, int]]:
     return counts
 
 
-def _inodes(reader: ErofsReader) -> Iterator[Inode]:
+def _inodes(reader: Metadata) -> Iterator[Inode]:
     """Each inode once."""
     known = {reader.root_nid}
     directories = [reader.root_nid]

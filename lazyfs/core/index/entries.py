@@ -14,7 +14,8 @@ from operator import attrgetter
 from typing import Any
 
 from lazyfs.core.layer.blocks import page_align
-from lazyfs.core.tar.reader import MAX_ENTRIES, Kind, TarEntry
+from lazyfs.core.tar.kinds import Kind
+from lazyfs.core.tar.reader import MAX_ENTRIES, TarEntry
 from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.errors import ImageError
 

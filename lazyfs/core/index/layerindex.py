@@ -5,7 +5,7 @@ Layout (docs/FORMATS.md, "Layer index"; version 2): magic "LZFSLYR2" and header,
 
     head      the header, the packed block table, the span records: what a mount reads, by one request
     windows   groups of windows (core/index/windows.py), back to back; read by range when a span needs one
-    entries   of the tar (core/index/entries.py); read to flatten an image
+    entries   of the tar (core/index/layerscan.py); read to flatten an image
 
 The index of each image that has the layer holds the head's sha256, and the head holds the digests of what follows. So
 every part can be verified alone. The same layer gives the same bytes.
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
-from lazyfs.core.index.entries import decode_entries, encode_entries
 from lazyfs.core.index.record import LayerRecord, read_record, record_fields
 from lazyfs.core.index.sections import (
     MAX_STORED_BYTES,
@@ -32,7 +30,6 @@ from lazyfs.core.index.sections import (
 )
 from lazyfs.core.index.windows import MAX_GROUP_BYTES
 from lazyfs.core.layer.blocks import BlockTable, pack_table, unpack_table
-from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.errors import ImageError
 
 LAYER_MEDIA_TYPE = "application/vnd.lazyfs.index.v2.layer"
@@ -44,34 +41,24 @@ _WHAT = "the index of a layer"
 _HINT = "update lazyfs, or index the image again"
 
 
-@dataclass(slots=True)
-class LayerScan:
-    """What one pass over a layer finds out."""
-
-    record: LayerRecord
-    entries: list[LayerEntry]
-    table: bytes
-    span_records: bytes
-    window_groups: list[bytes]
-
-
-def encode_layer(scan: LayerScan) -> bytes:
-    """The blob."""
-    table, spans, entries = map(compress, (packed := (
-        pack_table(scan.table), scan.span_records, encode_entries(scan.entries)
-    )))  # fmt: skip
-    windows = b"".join(scan.window_groups)
+def encode_parts(
+    record: LayerRecord, table: bytes, span_records: bytes, window_groups: Sequence[bytes], entries: bytes
+) -> bytes:
+    """The blob of these parts; all but the groups of windows are still to be compressed."""
+    plain = (pack_table(table), span_records, entries)
+    stored = tuple(map(compress, plain))
+    windows = b"".join(window_groups)
     header = {
         "version": _VERSION,
-        "layer": record_fields(scan.record),
-        "table": [len(table), len(packed[0])],
-        "spans": [len(spans), len(packed[1])],
-        "windows": list(map(len, scan.window_groups)),
+        "layer": record_fields(record),
+        "table": [len(stored[0]), len(plain[0])],
+        "spans": [len(stored[1]), len(plain[1])],
+        "windows": list(map(len, window_groups)),
         "windows_sha256": hashlib.sha256(windows).hexdigest(),
-        "entries": [len(entries), len(packed[2])],
-        "entries_sha256": hashlib.sha256(entries).hexdigest(),
+        "entries": [len(stored[2]), len(plain[2])],
+        "entries_sha256": hashlib.sha256(stored[2]).hexdigest(),
     }
-    return b"".join((write_header(_MAGIC, header), table, spans, windows, entries))
+    return b"".join((write_header(_MAGIC, header), stored[0], stored[1], windows, stored[2]))
 
 
 class LayerHead:
@@ -115,12 +102,12 @@ class LayerHead:
         """The span records."""
         return self._section(self._table_at + self._table[0], self._spans)
 
-    def entries(self) -> list[LayerEntry]:
-        """The entries of the tar. Needs the whole blob."""
+    def entries(self) -> bytes:
+        """The entries of the tar, as core/index/layerscan.py encodes them. Needs the whole blob."""
         stored = self._blob[self._entries_at : self.whole_bytes]
         if hashlib.sha256(stored).hexdigest() != self._entries_sha256:
             raise ImageError(f"the entries in {_WHAT} do not have the digest it gives")
-        return decode_entries(self._section(self._entries_at, self._entries), self.record.device_bytes)
+        return self._section(self._entries_at, self._entries)
 
     def _section(self, at: int, lengths: Sequence[int]) -> bytes:
         stored, plain = lengths

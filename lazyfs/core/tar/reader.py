@@ -10,13 +10,13 @@ Limits: a layer comes from outside and may be made to exhaust a reader. Every li
 
 from __future__ import annotations
 
-import enum
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lazyfs.core.tar import fields
 from lazyfs.core.tar.fields import FormatError, Segments
+from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError
 
 MAX_PATH = 4096  # linux/limits.h PATH_MAX
@@ -37,18 +37,6 @@ _UNSUPPORTED = {
     b"D": "GNU directory dump",
     b"V": "volume label",
 }
-
-
-class Kind(enum.IntEnum):
-    """What an entry is. Numbers below 8 are those of EROFS and ext4 directory entries."""
-
-    FILE = 1
-    DIR = 2
-    CHR = 3
-    BLK = 4
-    FIFO = 5
-    SYMLINK = 7
-    HARDLINK = 8
 
 
 # All other types are files, as POSIX demands for unknown ones. S: GNU sparse file, 7: contiguous file.

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lazyfs.core.tar.reader import MAX_NAME, MAX_PATH, Kind, TarEntry
+from lazyfs.core.tar.kinds import Kind
+from lazyfs.core.tar.reader import MAX_NAME, MAX_PATH, TarEntry
 from lazyfs.errors import ImageError
 
 WHITEOUT = b".wh."
