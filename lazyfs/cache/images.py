@@ -3,7 +3,10 @@
     <cache>/indexes/<manifest digest, hex>/manifest          the image manifest, verbatim
                                           /config            the image config, verbatim
                                           /image-made        its index (core/index/imageindex.py), made by this host
-                                          /image-attached    its index, from a registry, or pushed to one
+                                          /image-attached    its index, as its own repository has it
+                                          /image-elsewhere   its index, as an index repository has it, behind a line
+                                                             that names that
+                                          /lacks-<sha256>    an index repository had none, and when
                                           /namespace.erofs   the EROFS metadata of the index, as a file
                                           /index, /windows   an index of version 1, and the digest of its windows blob
                                           /groups/           windows of that, one file a group
@@ -13,7 +16,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import time
 from typing import NamedTuple
 
 from lazyfs.cache import places
@@ -21,11 +26,13 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.oci.digests import Digest
 from lazyfs.errors import HostError
 
-# The index of an image as this host made it, and as a registry had it. Two names, for they are not trusted alike: a new
-# index is made out of the first kind only.
-_MADE, _ATTACHED = "image-made", "image-attached"
+# The index of an image as this host made it, and as a registry had it. Names apart, for they are not trusted alike: a
+# new index is made out of the first kind only.
+_MADE, _ATTACHED, _ELSEWHERE = "image-made", "image-attached", "image-elsewhere"
 _V1, _V1_WINDOWS = "index", "windows"
-_INDEXES = (_MADE, _ATTACHED, _V1)
+_INDEXES = (_MADE, _ATTACHED, _ELSEWHERE, _V1)
+# How long an index repository that had no index of an image is not asked again.
+LACKING_S = 300.0
 
 
 def index_directory(cache: CacheDirectory, manifest_digest: Digest) -> str:
@@ -49,7 +56,9 @@ class KeptIndex(NamedTuple):
     """An index of an image in the cache."""
 
     blob: bytes
-    attached: bool  # a registry had it, so that what is missing here can be fetched from there
+    # Who has it, so that what is missing here can be fetched from there: an index repository, "" for the image's own
+    # repository, None for nobody: it was made here.
+    place: str | None
 
 
 def has_index(cache: CacheDirectory, manifest_digest: Digest) -> bool:
@@ -61,14 +70,46 @@ def has_index(cache: CacheDirectory, manifest_digest: Digest) -> bool:
 def kept_indexes(cache: CacheDirectory, manifest_digest: Digest) -> list[KeptIndex]:
     """The indexes of version 2 that are kept of an image, the one to take first. HostError: disk."""
     directory = index_directory(cache, manifest_digest)
-    found = [(read_file(os.path.join(directory, name)), name == _ATTACHED) for name in (_MADE, _ATTACHED)]
-    return [KeptIndex(blob, attached) for blob, attached in found if blob is not None]
+    found = []
+    for name, place in ((_MADE, None), (_ATTACHED, "")):
+        blob = read_file(os.path.join(directory, name))
+        if blob is not None:
+            found.append(KeptIndex(blob, place))
+    named, _, blob = (read_file(os.path.join(directory, _ELSEWHERE)) or b"").partition(b"\n")
+    if named:
+        found.append(KeptIndex(blob, os.fsdecode(named)))
+    return found
 
 
-def keep_index(cache: CacheDirectory, manifest_digest: Digest, blob: bytes, *, attached: bool) -> None:
-    """Files an index of version 2. `attached`: it came from a registry; else this host made it out of the layers."""
+def keep_index(cache: CacheDirectory, manifest_digest: Digest, blob: bytes, place: str | None) -> None:
+    """Files an index of version 2. `place`: as in KeptIndex; None if this host made it out of the layers."""
     directory = make_index_directory(cache, manifest_digest)
-    cache.write_atomically(os.path.join(directory, _ATTACHED if attached else _MADE), blob)
+    if place:
+        # One file, so that the index and where the rest of it is never come apart.
+        cache.write_atomically(os.path.join(directory, _ELSEWHERE), os.fsencode(place) + b"\n" + blob)
+    else:
+        cache.write_atomically(os.path.join(directory, _MADE if place is None else _ATTACHED), blob)
+
+
+def note_lacking(cache: CacheDirectory, manifest_digest: Digest, place: str) -> None:
+    """An index repository said that it has no index of that image. It only saves time: a full disk is no error."""
+    write_small(make_index_directory(cache, manifest_digest), _lacking(place), str(int(time.time())).encode())
+
+
+def is_lacking(cache: CacheDirectory, manifest_digest: Digest, place: str) -> bool:
+    """Whether it said so just now (LACKING_S)."""
+    noted = read_file(os.path.join(index_directory(cache, manifest_digest), _lacking(place))) or b""
+    return noted.isdigit() and 0 <= time.time() - int(noted[:20]) < LACKING_S
+
+
+def forget_lacking(cache: CacheDirectory, manifest_digest: Digest, place: str) -> None:
+    """It has one now."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(index_directory(cache, manifest_digest), _lacking(place)))
+
+
+def _lacking(place: str) -> str:
+    return f"lacks-{hashlib.sha256(os.fsencode(place)).hexdigest()}"
 
 
 def kept_v1_index(cache: CacheDirectory, manifest_digest: Digest) -> tuple[bytes, str] | None:

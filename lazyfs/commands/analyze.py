@@ -38,6 +38,7 @@ from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.images.documents import Found, Missing, find_index, load_config
+from lazyfs.images.resolve import close_source
 from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
 from lazyfs.mounting.options import MountOptions, quote
 
@@ -84,6 +85,7 @@ def _index(cache: CacheDirectory, image: str, options: MountOptions) -> tuple[st
                     await load_config(cache, resolved)
             if isinstance(index, Missing):
                 raise HostError("the index that was just made is not in the cache", "check the cache's disk")
+            await close_source(index.source)
             found.append((str(resolved.reference), resolved.manifest_digest, index))
 
     run_async(work)

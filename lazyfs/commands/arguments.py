@@ -144,7 +144,9 @@ def _mount(add: _Add) -> None:
     mount.add_argument("-s", "--sloppy", action="store_true", help="ignore unknown mount options")
     mount.add_argument("-v", "--verbose", action="store_true", help="say what is done")
     mount.add_argument(
-        "--push-index", action="store_true", help="if an index must be built, attach it to the image"
+        "--push-index",
+        action="store_true",
+        help="if an index must be built, attach it to the image, or in the first index_repository=",
     )
 
 
@@ -188,9 +190,16 @@ def _index(add: _Add) -> None:
     index = add(
         "index",
         "build the index of an image, and attach it in the registry",
-        "  lazyfs index registry.example/app:1 --push\n  lazyfs index oci:layout:app --output /tmp/index\n",
+        "  lazyfs index registry.example/app:1 --push\n"
+        "  lazyfs index python:3 --push-to registry.example/indexes\n"
+        "  lazyfs index oci:layout:app --output /tmp/index\n",
     )
     index.add_argument("--push", action="store_true", help="attach it to the image, in the image's registry")
+    index.add_argument(
+        "--push-to",
+        metavar="REPO",
+        help="attach it in an index repository (as index_repository= of mount)",
+    )
     index.add_argument("--output", metavar="DIR", help="write it to DIR")
     _about_an_image(index)
 

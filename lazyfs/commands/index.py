@@ -13,12 +13,13 @@ from lazyfs.commands.bars import layer_bars
 from lazyfs.commands.report import human_bytes
 from lazyfs.indexing.missing import build, resolved_image, run_async
 from lazyfs.indexing.publish import push_index, write_layout
-from lazyfs.mounting.options import MountOptions
+from lazyfs.mounting.options import MountOptions, index_repository
 
 
 def index(args: argparse.Namespace) -> int:
-    """`lazyfs index IMAGE [--push] [--output DIR]`."""
+    """`lazyfs index IMAGE [--push] [--push-to REPO] [--output DIR]`."""
     options: MountOptions = args.options
+    push_to = index_repository("--push-to", args.push_to) if args.push_to is not None else None
     cache = CacheDirectory(places.cache_directory(options.cache))
     report: dict[str, Any] = {}
 
@@ -39,6 +40,8 @@ def index(args: argparse.Namespace) -> int:
                 report["output_digest"] = await write_layout(args.output, resolved, built)
             if args.push:
                 report["artifact_digest"] = await push_index(cache, resolved, built)
+            if push_to:
+                report["artifact_digest"] = await push_index(cache, resolved, built, push_to)
 
     run_async(work)
     if args.json:
@@ -51,8 +54,8 @@ def index(args: argparse.Namespace) -> int:
             f"made in "
             f"{report['seconds']:.1f} s ({human_bytes(int(rate))}/s of tar)"
         )
-        if args.push:
-            print(f"attached as {report['artifact_digest']}")
+        if args.push or push_to:
+            print(f"attached as {report['artifact_digest']}" + (f" in {push_to}" if push_to else ""))
         if args.output:
             print(f"written to {args.output}")
     return 0

@@ -15,7 +15,8 @@ from lazyfs.commands.report import human_bytes, table
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import ImageError
-from lazyfs.images.documents import Found, Missing, find_index, load_config
+from lazyfs.images.documents import Missing, find_index, load_config
+from lazyfs.images.resolve import close_source
 from lazyfs.indexing.missing import DOCUMENTS_S, resolved_image, run_async
 from lazyfs.mounting.options import MountOptions
 
@@ -31,15 +32,19 @@ def inspect(args: argparse.Namespace) -> int:
             with trio.fail_after(DOCUMENTS_S):
                 config = parse_config(await load_config(cache, resolved))
                 found = await find_index(cache, resolved, offline=options.access.offline)
-            index, state, reasons = None, "none", list(found.reasons) if isinstance(found, Missing) else []
-            if isinstance(found, Found):
-                index, state = found.index, "attached" if found.artifact_digest else "in the cache"
+            index, place = None, None
+            if isinstance(found, Missing):
+                state, reasons = "damaged" if found.damaged else "none", list(found.reasons)
+            else:
+                index, place, reasons = found.index, found.place, []
+                state = "attached" if found.artifact_digest else "in the cache"
                 try:
                     await trio.to_thread.run_sync(ErofsReader(found.namespace.buffer).check)
                 except ImageError as error:
+                    state = "damaged"
                     reasons.append(error.message)
-            if reasons:
-                state = "damaged"
+                finally:
+                    await close_source(found.source)
             details = index.layers if index else ()
             report.update(
                 image=str(resolved.reference),
@@ -47,6 +52,7 @@ def inspect(args: argparse.Namespace) -> int:
                 platform=f"{config.os}/{config.architecture}",
                 image_bytes=sum(layer.size_bytes for layer in resolved.manifest.layers),
                 index=state,
+                index_repository=place or None,
                 index_reasons=reasons,
                 layers=[
                     {
@@ -73,7 +79,8 @@ def _print(report: dict[str, Any]) -> None:
     print(f"{report['image']}  {report['platform']}  {human_bytes(report['image_bytes'])}")
     print(f"manifest  {report['manifest_digest']}")
     hint = {"none": " (lazyfs index --push attaches one)", "damaged": " (lazyfs index --push attaches a sound one)"}
-    print(f"index     {report['index']}{hint.get(report['index'], '')}")
+    where = f", from {report['index_repository']}" if report["index_repository"] else ""
+    print(f"index     {report['index']}{where}{hint.get(report['index'], '')}")
     for reason in report["index_reasons"]:
         print(f"          passed over: {reason}")
     rows = [

@@ -38,8 +38,9 @@ COUNTERS = (  # of serving/image.py
 
 # The fields of "ok" replies, besides "ok" itself. "mounts" is a list of entries in "list", else their number.
 REPLIES: dict[str, tuple[str, ...]] = {
-    "lease": ("manifest_digest", "image", "joined", "dev"),
-    "fuse_mount": ("manifest_digest", "image", "joined", "dev"),
+    # "index_place": as in serving/image.py
+    "lease": ("manifest_digest", "image", "index_place", "joined", "dev"),
+    "fuse_mount": ("manifest_digest", "image", "index_place", "joined", "dev"),
     "attached": (),
     "hold": (),
     "release": (),

@@ -73,6 +73,8 @@ class OpenedImage(Protocol):
     @property
     def manifest_digest(self) -> str: ...
     @property
+    def index_place(self) -> str | None: ...
+    @property
     def namespace_path(self) -> str: ...
     @property
     def layers(self) -> Sequence[LayerData]: ...
@@ -206,6 +208,7 @@ class _Session:
         answer = replies.ok(
             manifest_digest=self._image.manifest_digest,
             image=self._image.reference,
+            index_place=self._image.index_place,
             joined=False,
             dev=messages.format_dev(dev),
         )

@@ -59,6 +59,7 @@ class Requests:
         answer = replies.ok(
             manifest_digest=root.image.manifest_digest,
             image=root.image.reference,
+            index_place=root.image.index_place,
             joined=lease.joined,
             dev=format_dev(root.dev),
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +21,13 @@ from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.layerindex import LayerHead
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import MAX_CONFIG_BYTES, Descriptor, Manifest, parse_config, parse_manifest
-from lazyfs.core.oci.reference import is_digest
+from lazyfs.core.oci.reference import is_digest, parse_reference
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError
-from lazyfs.images.heads import Heads
-from lazyfs.images.resolve import Resolved
+from lazyfs.images.elsewhere import IndexRepository, delivery_for
+from lazyfs.images.heads import Heads, check_fits
+from lazyfs.images.resolve import Resolved, close_source
 from lazyfs.sources.source import Source
+from lazyfs.tasks import beside, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +36,33 @@ class FoundLayer:
 
     head: LayerHead | v1.LayerV1
     kept: KeptLayerIndex | images.WindowGroups
-    windows_digest: str  # of the blob in the image's repository that `head.windows` are ranges of; empty: not there
+    windows_digest: str  # of the blob at `Found.source` that `head.windows` are ranges of; empty: not there
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An index of this very image. `artifact_digest`: of the artifact it was attached as, empty if it came from the
-    cache. `layers`: by number, those that a file's data lies in.
+    """An index of this very image.
+
+    `layers`: by number, those that a file's data lies in. `source`: who has the rest of it, to be closed by the holder;
+    it is the image's own unless `place` names an index repository. `place` is None if the index was made here, "" if it
+    is attached to the image. `artifact_digest`: of the artifact, empty if the index came from the cache.
     """
 
     index: ImageIndex | v1.IndexV1
     namespace: Metadata
     layers: Mapping[int, FoundLayer]
+    source: Source
+    place: str | None
     artifact_digest: str = ""
 
 
 class Missing(NamedTuple):
-    """The image has no index, neither here nor in its registry. `reasons`: a sentence for each that was passed over."""
+    """The image has no index, neither here, nor in its registry, nor in an index repository. `reasons`: a sentence for
+    each index, or index repository, that was passed over. `damaged`: one was found, but is of no use."""
 
     manifest_digest: Digest
     reasons: tuple[str, ...] = ()
+    damaged: bool = False
 
 
 async def load_config(cache: CacheDirectory, resolved: Resolved) -> bytes:
@@ -73,17 +83,20 @@ async def load_config(cache: CacheDirectory, resolved: Resolved) -> bytes:
 async def find_index(
     cache: CacheDirectory, resolved: Resolved, *, offline: bool = False, all_layers: bool = False
 ) -> Found | Missing:
-    """The image's index, from the cache or attached in the registry, and then kept in the cache.
+    """The image's index: from the cache, or attached in the registry, or in the first index repository that has one;
+    and then kept in the cache.
 
-    One that is damaged, of another version or of another image is passed over, and the next one tried. `all_layers`:
-    with those in which no file's data lies. Raises RemoteError if the registry cannot say what is attached just now, or
-    not deliver it; HostError: disk.
+    One that is damaged, of another version or of another image is passed over, and the next one tried; so are index
+    repositories that fail. `all_layers`: with those in which no file's data lies. Raises RemoteError if the registry
+    cannot say what is attached just now, or not deliver it; HostError: disk.
     """
     finder = _Finder(cache, resolved, offline, all_layers)
     found = await finder.in_cache()
     if found is None and not offline:
         found = await finder.attached()
-    return Missing(resolved.manifest_digest, tuple(finder.reasons)) if found is None else found
+    if found is None:
+        return Missing(resolved.manifest_digest, tuple(finder.reasons), finder.damaged)
+    return found
 
 
 class _Finder:
@@ -91,6 +104,7 @@ class _Finder:
 
     def __init__(self, cache: CacheDirectory, resolved: Resolved, offline: bool, all_layers: bool) -> None:
         self.reasons: list[str] = []
+        self.damaged = False
         self._cache = cache
         self._resolved = resolved
         self._digest = resolved.manifest_digest
@@ -99,8 +113,12 @@ class _Finder:
 
     async def in_cache(self) -> Found | None:
         for kept in images.kept_indexes(self._cache, self._digest):
+            if kept.place:
+                if (found := await self._kept_of(kept.place, kept.blob)) is not None:
+                    return found
+                continue
             try:
-                return await self._opened(kept.blob, attached=kept.attached)
+                return await self._opened(ImageIndex(kept.blob), self._resolved.source, kept.place)
             except LazyfsError as error:
                 self._pass_over("the one in the cache", error)
         known = images.kept_v1_index(self._cache, self._digest)
@@ -111,17 +129,96 @@ class _Finder:
                 self._pass_over("the one in the cache", error)
         return None
 
+    async def _kept_of(self, place: str, blob: bytes) -> Found | None:
+        """The index in the cache that an index repository has; what was evicted of it is fetched from there in time, or
+        it is passed over."""
+        which = f"the one in the cache, of {place}"
+        source: Source | None = None
+        found: Found | None = None
+        delivery = delivery_for(self._resolved)
+        try:
+            with delivery.scope:
+                index = ImageIndex(blob)
+                delivery.expect(sum(part.head_bytes for part in index.parts))
+                source = self._resolved.open_beside(parse_reference(place))
+                found = await self._opened(index, source, place)
+                return found
+            self.reasons.append(f"{which}: what it lacks comes too slowly")
+        except LazyfsError as error:
+            self.damaged = self.damaged or isinstance(error, ImageError)
+            self.reasons.append(f"{which}: {error.message}")
+        finally:
+            if found is None and source is not None:
+                await close_source(source)
+        return None
+
     async def attached(self) -> Found | None:
-        """The first of the newer version, else of the older one, that is whole and of this image."""
+        """The first of the newer version that is whole and of this image, in the image's own repository or else an
+        index repository, all of which are asked at once; else one of the older version."""
+        templates = self._resolved.access.index_repositories
+        repositories = [IndexRepository(self._cache, self._resolved, template) for template in templates]
+        if not repositories:
+            return await self._search(())
+        found: Found | None = None
+        try:
+            asking = functools.partial(together, *(one.ask for one in repositories))
+            found = await beside(functools.partial(self._search, repositories), background=asking)
+            return found
+        finally:
+            for one in repositories:
+                if found is None or found.source is not one.source:
+                    await one.aclose()
+
+    async def _search(self, repositories: Sequence[IndexRepository]) -> Found | None:
+        found = await self._in_own_repository()
+        for one in repositories:
+            found = found or await self._in_index_repository(one)
+        return found or await self._of_version_1()
+
+    async def _in_own_repository(self) -> Found | None:
         source = self._resolved.source
         for artifact in await _referrers(source, self._digest, imageindex.ARTIFACT_TYPE):
             try:
-                blob = await _image_index(source, artifact.digest)
-                found = await self._opened(blob, artifact.digest, attached=True)
-                images.keep_index(self._cache, self._digest, blob, attached=True)
-                return found
+                return await self._taken(source, "", artifact.digest)
             except LazyfsError as error:
                 self._pass_over(f"attached {artifact.digest[:19]}", error)
+        return None
+
+    async def _in_index_repository(self, repository: IndexRepository) -> Found | None:
+        artifacts, problem = await repository.answer()
+        which = f"index repository {repository.place}"
+        if problem:
+            self.reasons.append(f"{which}: {problem}")
+        if repository.source is None:
+            return None
+        delivery = repository.delivery()
+        with delivery.scope:
+            for artifact in artifacts:
+                try:
+                    return await self._taken(repository.source, repository.place, artifact.digest, delivery.expect)
+                except LazyfsError as error:
+                    self.damaged = self.damaged or isinstance(error, ImageError)
+                    self.reasons.append(f"{which}: {artifact.digest[:19]}: {error.message}")
+        if delivery.scope.cancelled_caught:
+            self.reasons.append(f"{which}: what it has comes too slowly")
+        return None
+
+    async def _taken(
+        self, source: Source, place: str, artifact_digest: str, expect: Callable[[int], None] = lambda size_bytes: None
+    ) -> Found:
+        """The index that is attached at `source`, kept in the cache from now on. `expect` is told how many bytes come
+        next."""
+        first = await _image_index(source, artifact_digest)
+        expect(first.size_bytes)
+        blob = await source.blob(first.digest, first.size_bytes)
+        index = ImageIndex(blob)
+        expect(sum(part.head_bytes for part in index.parts))
+        found = await self._opened(index, source, place, artifact_digest)
+        images.keep_index(self._cache, self._digest, blob, place)
+        return found
+
+    async def _of_version_1(self) -> Found | None:
+        source = self._resolved.source
         for artifact in await _referrers(source, self._digest, v1.ARTIFACT_TYPE):
             try:
                 blob, windows_digest = await _v1_index(source, artifact.digest)
@@ -136,20 +233,23 @@ class _Finder:
         """Notes why; raises what says nothing about the index."""
         if isinstance(error, HostError) or (isinstance(error, RemoteError) and error.temporary):
             raise error
+        self.damaged = True
         self.reasons.append(f"{which}: {error.message}")
 
-    async def _opened(self, blob: bytes, artifact_digest: str = "", *, attached: bool) -> Found:
-        index = ImageIndex(blob)
+    async def _opened(self, index: ImageIndex, source: Source, place: str | None, artifact_digest: str = "") -> Found:
+        """`source`: who has it if `place` is not None."""
         namespace = await self._namespace(index)
         numbers = _numbers(index, namespace, self._all_layers)
-        source = self._resolved.source if attached and not self._offline else None
-        heads = await Heads(self._cache, index, source).get(numbers)
+        remote = None if place is None or self._offline else source
+        heads = await Heads(self._cache, index, remote).get(numbers)
+        if place and artifact_digest:  # so it is passed over if it is of no use; later that would fail the mount
+            await trio.to_thread.run_sync(check_fits, namespace, [head for head, _ in heads.values()])
         layers = {}
         for number, (head, kept) in heads.items():
-            if head.windows and not attached and not kept.is_whole:
+            if head.windows and place is None and not kept.is_whole:
                 raise ImageError("windows of it were evicted")
-            layers[number] = FoundLayer(head, kept, index.parts[number].index_digest if attached else "")
-        return Found(index, namespace, layers, artifact_digest)
+            layers[number] = FoundLayer(head, kept, "" if place is None else index.parts[number].index_digest)
+        return Found(index, namespace, layers, source, place, artifact_digest)
 
     async def _opened_v1(self, blob: bytes, windows_digest: str, artifact_digest: str = "") -> Found:
         index = v1.IndexV1(blob)
@@ -161,7 +261,7 @@ class _Finder:
             if head.windows and not is_digest(windows_digest):
                 raise ImageError("the index lacks the windows its spans need")
             layers[number] = FoundLayer(head, kept, windows_digest)
-        return Found(index, namespace, layers, artifact_digest)
+        return Found(index, namespace, layers, self._resolved.source, "", artifact_digest)
 
     async def _namespace(self, index: ImageIndex | v1.IndexV1) -> Metadata:
         """The namespace, which is a file in the cache from now on. ImageError unless the index is of this very image:
@@ -198,9 +298,9 @@ def _numbers(index: ImageIndex | v1.IndexV1, namespace: Metadata, all_layers: bo
     return list(range(len(index.layers))) if all_layers else used
 
 
-async def _image_index(source: Source, digest: str) -> bytes:
-    """The image's index of an artifact. Further layers than the first are the indexes of layers, and what later
-    versions add. Raises ImageError, RemoteError, NotFound."""
+async def _image_index(source: Source, digest: str) -> Descriptor:
+    """The blob that is the image's index of an artifact. Further layers than the first are the indexes of layers, and
+    what later versions add. Raises ImageError, RemoteError, NotFound."""
     raw, media_type = await source.manifest(digest)
     artifact = parse_manifest(raw, media_type)
     if (
@@ -212,7 +312,7 @@ async def _image_index(source: Source, digest: str) -> bytes:
     first = artifact.layers[0]
     if first.size_bytes > imageindex.MAX_IMAGE_INDEX_BYTES:
         raise ImageError(f"it is larger than {imageindex.MAX_IMAGE_INDEX_BYTES >> 20} MiB")
-    return await source.blob(first.digest, first.size_bytes)
+    return first
 
 
 async def _v1_index(source: Source, digest: str) -> tuple[bytes, str]:

@@ -8,8 +8,13 @@ from collections.abc import Iterable
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.scans import KeptLayerIndex
+from lazyfs.core.erofs.metadata import Metadata
 from lazyfs.core.index.imageindex import MAX_HEADS_BYTES, ImageIndex, LayerPart
 from lazyfs.core.index.layerindex import LayerHead
+from lazyfs.core.index.v1 import LayerV1
+from lazyfs.core.layer.blocks import BlockTable
+from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import ImageError
 from lazyfs.sources.source import Source
 from lazyfs.tasks import together
@@ -77,3 +82,25 @@ def opened_head(part: LayerPart, blob: bytes, *, check: bool = True) -> LayerHea
         raise ImageError("the tables of a layer are of another layer than the index says")
     head.spans()  # raises if they are damaged: without `check` they are all that is read of the head
     return head
+
+
+def span_table(head: LayerHead | LayerV1, tar_bytes: int) -> SpanTable:
+    """The spans of a layer whose block table needs so many bytes of tar. ImageError if that does not fit together."""
+    record = head.record
+    spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, head.spans())
+    if spans.tar_bytes < tar_bytes:
+        raise ImageError("the index's tables disagree about a layer's length")
+    if spans.windows > WINDOWS_PER_GROUP * len(head.windows):
+        raise ImageError("the index lacks windows that its spans need")
+    return spans
+
+
+def check_fits(namespace: Metadata, heads: Iterable[LayerHead]) -> None:
+    """ImageError if opening an image by this namespace and these heads would fail. Blocks; decodes all tables."""
+    by_root = {head.record.content_root: head for head in heads}
+    for device in namespace.devices:
+        head = by_root[ContentRoot(device.tag.decode())]
+        table = BlockTable(head.table())
+        span_table(head, table.tar_bytes)
+        if table.device_bytes != device.size_bytes:
+            raise ImageError("the namespace in the index does not fit its block tables")

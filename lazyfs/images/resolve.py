@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform as host
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -29,13 +30,19 @@ _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 @dataclass(slots=True)
 class Resolved:
-    """An image manifest that a reference led to. `source` belongs to the holder, who closes it."""
+    """An image manifest that a reference led to. `source` belongs to the holder, who closes it.
+
+    `open_beside` opens another source in the same way; the caller closes it.
+    """
 
     reference: Reference
     manifest_digest: Digest
     manifest_bytes: bytes
     manifest: Manifest
     source: Source
+    access: Access
+    patience_s: float
+    open_beside: Callable[[Reference], Source]
 
 
 async def resolve(
@@ -56,7 +63,11 @@ async def resolve(
     wanted = access.platform or host_platform(host.machine())
     key = hashlib.sha256(f"{reference} {wanted}".encode()).hexdigest()
     note = cache.reference_path(key)
-    source = sources.open(reference, access, patience_s) if sources else open_source(reference, access)
+
+    def open_one(one: Reference) -> Source:
+        return sources.open(one, access, patience_s) if sources else open_source(one, access)
+
+    source = open_one(reference)
     try:
         if known is None and (access.offline or is_digest(reference.selector)):
             known = (read_file(note) or b"").decode("ascii", "replace")
@@ -64,7 +75,8 @@ async def resolve(
             digest = Digest(known)
             found = read_file(os.path.join(index_directory(cache, digest), "manifest"))
             if found is not None and sha256_digest(found) == digest:
-                return Resolved(reference, digest, found, _image_manifest(found), source)
+                manifest = _image_manifest(found)
+                return Resolved(reference, digest, found, manifest, source, access, patience_s, open_one)
         if access.offline:
             raise UserError(f"{reference} is not in the cache", "mount it once without 'offline'")
         digest, raw = await _ask(source, reference, wanted)
@@ -73,7 +85,7 @@ async def resolve(
         for path, content in ((os.path.join(directory, "manifest"), raw), (note, digest.encode())):
             if read_file(path) != content:
                 cache.write_atomically(path, content)
-        return Resolved(reference, digest, raw, manifest, source)
+        return Resolved(reference, digest, raw, manifest, source, access, patience_s, open_one)
     except BaseException:
         await close_source(source)
         raise

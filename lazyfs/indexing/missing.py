@@ -29,15 +29,18 @@ Bars = Callable[[], AbstractContextManager[Callable[[LayerProgress], None]]]
 def build_missing_index(
     image: str, cache_path: str, access: Access, push: bool, bars: Bars | None = None, known: str | None = None
 ) -> None:
-    """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index. `known`: the
-    manifest's digest, if the caller knows it; one that is in the cache is not asked for again."""
+    """The pass of a first mount without an index: reads all layers once, fills the cache, keeps the index.
+
+    `push`: it is attached in the first index repository of `access`, or else to the image. `known`: the manifest's
+    digest, if the caller knows it; one that is in the cache is not asked for again.
+    """
     cache = CacheDirectory(cache_path)
 
     async def work() -> None:
         async with resolved_image(cache, image, access, known) as resolved:
             built = await build(cache, resolved, fill=True, bars=bars)
             if push:
-                await push_index(cache, resolved, built)
+                await push_index(cache, resolved, built, *access.index_repositories[:1])
 
     run_async(work)
 

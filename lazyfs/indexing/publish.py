@@ -9,15 +9,16 @@ import functools
 import os
 
 from lazyfs.cache.directory import CacheDirectory
-from lazyfs.cache.images import keep_index
+from lazyfs.cache.images import forget_lacking, keep_index
 from lazyfs.core.index.imageindex import ARTIFACT_TYPE, IMAGE_MEDIA_TYPE
 from lazyfs.core.index.layerindex import LAYER_MEDIA_TYPE
 from lazyfs.core.oci.digests import Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
+from lazyfs.core.oci.indexrepository import index_repository, place_of
 from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.errors import HostError
-from lazyfs.images.resolve import Resolved
+from lazyfs.images.resolve import Resolved, close_source
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.sources.access import Access
 from lazyfs.sources.source import Source, open_source
@@ -26,10 +27,23 @@ from lazyfs.tasks import together
 _PUSHES_AT_ONCE = 8
 
 
-async def push_index(cache: CacheDirectory, resolved: Resolved, built: BuiltIndex) -> str:
-    """Attaches the index to its image where that comes from, and notes it in the cache. As attach_index."""
-    digest = await attach_index(resolved.source, resolved, built)
-    keep_index(cache, resolved.manifest_digest, built.index, attached=True)
+async def push_index(cache: CacheDirectory, resolved: Resolved, built: BuiltIndex, repository: str = "") -> str:
+    """Attaches the index to its image where that comes from, or in an index repository (core/oci/indexrepository.py),
+    and notes it in the cache. As attach_index."""
+    source, place = resolved.source, ""
+    if repository:
+        reference = index_repository(repository, resolved.reference)
+        if isinstance(reference, DirectoryReference):
+            _make_layout(reference.path)
+        source, place = resolved.open_beside(reference), place_of(reference)
+    try:
+        digest = await attach_index(source, resolved, built)
+    finally:
+        if repository:
+            await close_source(source)
+    keep_index(cache, resolved.manifest_digest, built.index, place)
+    if repository:
+        forget_lacking(cache, resolved.manifest_digest, place)
     return digest
 
 

@@ -37,7 +37,7 @@ async def make_index(
 ) -> BuiltIndex:
     """Reads the layers that were not read before, and keeps the index; with `fill`, also their data. LazyfsError."""
     built = await build_index(resolved, config, cache if fill else None, on_progress, cache)
-    keep_index(cache, resolved.manifest_digest, built.index, attached=False)
+    keep_index(cache, resolved.manifest_digest, built.index, None)
     return built
 
 

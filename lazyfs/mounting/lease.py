@@ -120,9 +120,11 @@ SILENT = Reporter()
 def until_indexed(wanted: Wanted, ask: Callable[[], dict[str, Any]], reporter: Reporter) -> dict[str, Any]:
     """The answer of `ask`. If that says that the index is missing, builds the index and asks again."""
     reply = ask()
-    if reply.get("needs_index") is not True:
-        return reply
     image = wanted.image
+    if reply.get("needs_index") is not True:
+        if place := reply.get("index_place"):
+            reporter.progress(f"the index of {image} comes from {place}")
+        return reply
     if wanted.access.offline:
         raise UserError(f"{image} has no index, and offline forbids to build one", "mount it once without offline")
     reasons = reply.get("reasons")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
 BACKENDS = ("auto", "kernel", "fuse")
+INDEX_REPOSITORY = "LAZYFS_INDEX_REPOSITORY"  # environment: index repositories if no option names one
 
 # Options of mount(8), fstab(5) and systemd.mount(5) that are for other programs, or have no effect here: access times
 # are never written to a read-only root, and an overlay keeps the defaults.
@@ -135,6 +136,33 @@ def _one_more_path(name: str, value: str | None, directory: str | None) -> tuple
     return (_path(name, value, directory),)
 
 
+def index_repository(name: str, value: str | None, directory: str | None = None) -> str:
+    """Such a repository (core/oci/indexrepository.py) with an absolute path. What is wrong at first sight is a
+    UserError; the rest is checked by who opens it, since that takes regular expressions."""
+    hint = f"write {name}=HOST/REPOSITORY, oci:DIR or oci+https://HOST/PATH"
+    text = value or ""
+    if not text or not text.isprintable():
+        raise UserError(f"{name} needs a repository", hint)
+    plain = text.replace("{registry}", "r").replace("{repository}", "r")
+    if "{" in plain or "}" in plain:
+        raise UserError(f"{name}={text:.200} has an unknown placeholder", "{registry} and {repository} are known")
+    if text.startswith("oci:"):
+        path = _path(name, text[4:], directory)
+        if ":" in path or "@" in path:
+            raise UserError(f"{name}={text:.200} has a tag, or a directory with ':' in its name", hint)
+        return f"oci:{path}"
+    scheme, _, rest = plain.rpartition("://")
+    host, _, path = rest.partition("/")
+    tagged = ":" in path or "@" in plain or (":" in host and not path and not scheme.startswith("oci+"))
+    if tagged or not host or " " in plain or scheme not in ("", "docker", "oci+https", "oci+http"):
+        raise UserError(f"{name}={text:.200} is not a repository without tag", hint)
+    return text
+
+
+def _one_more_index_repository(name: str, value: str | None, directory: str | None) -> tuple[str, ...]:
+    return (index_repository(name, value, directory),)
+
+
 def _backend(name: str, value: str | None, _: str | None) -> str:
     if value not in BACKENDS:
         raise UserError(f"mount option {name}={value or ''} is unknown", "use backend=auto, kernel or fuse")
@@ -181,6 +209,9 @@ OPTIONS = (
     _value("authfile", "auth_files", "FILE", "credentials, in place of those of docker and podman; may be repeated",
            _one_more_path),
     _value("ca", "ca_files", "FILE", "a further certificate authority (PEM); may be repeated", _one_more_path),
+    _value("index_repository", "index_repositories", "REPO",
+           "look for an index there, too, and push it there; {registry} and\n"
+           "{repository} may be in it; may be repeated", _one_more_index_repository),
     _flag("insecure", "plain HTTP, or certificates that do not verify", insecure=True),
     _flag("dev", "", dev=True),
     _flag("nodev", "", dev=False),
@@ -224,6 +255,9 @@ def parse(
     for text in texts:
         for name, value in split(text):
             options = _apply(options, name, value, sloppy, directory)
+    if not options.access.index_repositories and (named := os.environ.get(INDEX_REPOSITORY)):
+        found = [index_repository(INDEX_REPOSITORY, one, directory) for one in named.replace(",", " ").split()]
+        options = options.having(index_repositories=tuple(found))
     return _checked(options)
 
 

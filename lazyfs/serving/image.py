@@ -24,6 +24,8 @@ class Image:
     namespace_path: str
     layers: tuple[DataDevice, ...]  # in the order of the namespace's device table
     source: Source
+    index_source: Source  # of windows: `source`, or an index repository
+    index_place: str | None  # the index repository; "" if it is the image's own, None if the index was made here
     dispatcher: Dispatcher  # of the source
     lock_fd: int
     kept: tuple[KeptLayerIndex | WindowGroups, ...]  # of the indexes of its layers, held in the cache
@@ -35,13 +37,15 @@ class Image:
             device.promise(self.manifest_digest, timeout_s)
 
     def statistics(self) -> dict[str, Any]:
-        """What `lazyfs stats` shows: transfers of the image's source, blocks and reads of its layers, and the
-        memory of the whole process."""
-        counters = self.source.counters
+        """What `lazyfs stats` shows: transfers of the image's source and its index's, blocks and reads of its layers,
+        and the memory of the whole process."""
+        counters = [self.source.counters]
+        if self.index_source is not self.source:
+            counters.append(self.index_source.counters)
         return {
-            "bytes_fetched": counters.bytes_fetched,
-            "requests": counters.requests,
-            "retries": counters.retries,
+            "bytes_fetched": sum(one.bytes_fetched for one in counters),
+            "requests": sum(one.requests for one in counters),
+            "retries": sum(one.retries for one in counters),
             "blocks_present": sum(device.layer.present_blocks() for device in self.layers),
             "blocks_total": sum(device.layer.table.count for device in self.layers),
             "cache_hits": sum(device.hits for device in self.layers),

@@ -14,11 +14,11 @@ from lazyfs.cache.images import forget_indexes, make_index_directory, namespace_
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.cache.locks import lock_shared
 from lazyfs.core.deadlines import answer_s
-from lazyfs.core.layer.spans import WINDOWS_PER_GROUP, SpanTable
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.images.documents import Found, FoundLayer, Missing, find_index, load_config
+from lazyfs.images.heads import span_table
 from lazyfs.images.resolve import Resolved, close_source, resolve
 from lazyfs.serving.blob import Blob
 from lazyfs.serving.device import DataDevice
@@ -110,7 +110,13 @@ class ImageStore:
         async def index() -> None:
             indexes.append(await find_index(self.cache, resolved, offline=offline))
 
-        await together(config, index)
+        try:
+            await together(config, index)
+        except BaseException:
+            for one in indexes:
+                if isinstance(one, Found):
+                    await close_source(one.source)
+            raise
         found = indexes[0]
         if isinstance(found, Missing) and make_index and not offline:
             found = await self._make_index(resolved, configs[0], found)
@@ -130,16 +136,18 @@ class ImageStore:
         return await find_index(self.cache, resolved, offline=True)
 
     async def _open(self, resolved: Resolved, documents: _Documents, timeout_s: float) -> Image:
-        async with self._changing:
-            try:
+        try:
+            async with self._changing:
                 image = await trio.to_thread.run_sync(self._assemble, resolved, documents, timeout_s)
-            except ImageError:  # the next mount shall look for another index than this
+                self.images[resolved.manifest_digest] = image
+                return image
+        except BaseException as error:
+            if isinstance(error, ImageError):  # the next mount shall look for another index than this
                 forget_indexes(self.cache, resolved.manifest_digest)
                 for layer in documents.found.layers.values():
                     layer.kept.forget()
-                raise
-            self.images[resolved.manifest_digest] = image
-            return image
+            await close_source(documents.found.source)
+            raise
 
     def _assemble(self, resolved: Resolved, documents: _Documents, timeout_s: float) -> Image:
         """Opens all that needs no network: namespace file, cache entries, devices. Runs in a worker thread."""
@@ -150,7 +158,7 @@ class ImageStore:
             by_root = {layer.head.record.content_root: layer for layer in found.layers.values()}
             devices = found.namespace.devices
             roots = [ContentRoot(device.tag.decode()) for device in devices]
-            layers = [self._layer(resolved, by_root[root], fresh, timeout_s) for root in roots]
+            layers = [self._layer(resolved, found, by_root[root], fresh, timeout_s) for root in roots]
             sizes = [device.size_bytes for device in devices]
             if sizes != [device.size_bytes for device, _ in layers]:
                 raise ImageError("the namespace in the index does not fit its block tables")
@@ -172,6 +180,8 @@ class ImageStore:
             namespace_path=namespace_path(self.cache, resolved.manifest_digest),
             layers=tuple(device for device, _ in layers),
             source=resolved.source,
+            index_source=found.source,
+            index_place=found.place,
             dispatcher=dispatcher,
             lock_fd=lock_fd,
             kept=tuple(layer.kept for layer in found.layers.values()),
@@ -192,23 +202,24 @@ class ImageStore:
             os.close(lock_fd)
 
     def _layer(
-        self, resolved: Resolved, found: FoundLayer, fresh: dict[ContentRoot, DataDevice], timeout_s: float
+        self,
+        resolved: Resolved,
+        found: Found,
+        layer: FoundLayer,
+        fresh: dict[ContentRoot, DataDevice],
+        timeout_s: float,
     ) -> tuple[DataDevice, Blob]:
         """The data device of one layer, from `fresh` if it was not open before, and where to fetch it."""
-        record = found.head.record
+        record = layer.head.record
         content_root = record.content_root
         device = self.devices.get(content_root) or fresh.get(content_root)
         if device is None:
-            layer = self._cached(content_root) or self.cache.create_layer(content_root, found.head.table())
-            device = DataDevice(layer, LayerFetcher(layer))
+            cached = self._cached(content_root) or self.cache.create_layer(content_root, layer.head.table())
+            device = DataDevice(cached, LayerFetcher(cached))
             fresh[content_root] = device
-        spans = SpanTable(record.compression, record.blob_bytes, record.tar_bytes, found.head.spans())
-        if spans.tar_bytes < device.layer.table.tar_bytes:
-            raise ImageError("the index's tables disagree about a layer's length")
-        if spans.windows > WINDOWS_PER_GROUP * len(found.head.windows):
-            raise ImageError("the index lacks windows that its spans need")
-        remote = (resolved.source, found.windows_digest) if found.windows_digest else None
-        windows = Windows(found.head.windows, found.kept, remote)
+        spans = span_table(layer.head, device.layer.table.tar_bytes)
+        remote = (found.source, layer.windows_digest) if layer.windows_digest else None
+        windows = Windows(layer.head.windows, layer.kept, remote)
         return device, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s)
 
     def _cached(self, content_root: ContentRoot) -> CachedLayer | None:
@@ -244,3 +255,4 @@ class ImageStore:
             await image.dispatcher.aclose()
         finally:
             await close_source(image.source)
+            await close_source(image.index_source)

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+    Repositories = tuple[str, ...]
+
 # What of a user's environment leads to credentials (section "Credentials" of the README): nothing else of it is
 # kept or sent.
 ENVIRONMENT = (
@@ -22,6 +24,7 @@ ENVIRONMENT = (
 _MAX_CHARACTERS = 4096  # PATH_MAX
 _MAX_ENVIRONMENT_CHARACTERS = 64 << 10
 _MAX_FILES = 64  # CA or authentication files
+_MAX_REPOSITORIES = 16
 
 
 class Access(NamedTuple):
@@ -33,6 +36,8 @@ class Access(NamedTuple):
     ca_files: tuple[str, ...] = ()  # more trusted CAs (PEM), absolute paths
     auth_files: tuple[str, ...] | None = None  # credential files in order of preference; None: the usual places
     environ: Mapping[str, str] | None = None  # of the user it is reached for; None: this process's
+    # Where indexes are looked up beside the image's own repository, in this order (core/oci/indexrepository.py).
+    index_repositories: Repositories = ()
 
     def to_json(self) -> dict[str, Any]:
         """What from_json() reads."""
@@ -76,6 +81,12 @@ def _paths(value: object, what: str) -> tuple[str, ...]:
     return paths
 
 
+def _repositories(value: object, what: str) -> Repositories:
+    if not isinstance(value, list) or len(value) > _MAX_REPOSITORIES:
+        raise ValueError(f"{what} is not a list of at most {_MAX_REPOSITORIES} repositories")
+    return tuple(_text(item, what) for item in value)
+
+
 def _environment(value: object, what: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(name in ENVIRONMENT for name in value):
         raise ValueError(f"{what} has an unknown variable")
@@ -92,5 +103,6 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "bool": _boolean,
     "tuple[str, ...]": _paths,
     "tuple[str, ...] | None": _or_none(_paths),
+    "Repositories": _repositories,
     "Mapping[str, str] | None": _or_none(_environment),
 }

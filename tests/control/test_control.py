@@ -59,7 +59,7 @@ def test_a_mount_request_survives_the_wire() -> None:
 
 def test_access_travels_as_it_is() -> None:
     """All fields, so that a new one cannot be forgotten."""
-    access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"})
+    access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"}, ("a/i", "oci:/i"))
     assert all(value != default for value, default in zip(access, Access(), strict=True))
     message = {"op": "lease", "image": "a", "access": access.to_json()}
     assert requests.parse_request(messages.encode(message)) == Mount("a", access)

@@ -95,6 +95,7 @@ class LocalImage:
     manifest_digest: str
     namespace_path: str
     layers: Sequence[LocalLayer]
+    index_place: str | None = None
 
     def statistics(self) -> dict[str, Any]:
         return {}

@@ -33,7 +33,8 @@ def test_defaults_are_read_only_and_safe() -> None:
 def test_every_option() -> None:
     text = (
         "rw,upperdir=/u,workdir=/w,backend=fuse,offline,cache=/c,dev,suid,noexec,allow_other,insecure,"
-        "foreground,timeout=2.5,platform=linux/arm64/v8,authfile=/a,ca=/1,ca=/2"
+        "foreground,timeout=2.5,platform=linux/arm64/v8,authfile=/a,ca=/1,ca=/2,index_repository=a.example/i,"
+        "index_repository=oci:/i"
     )
     assert parse([text]) == MountOptions(
         writable=True,
@@ -53,6 +54,7 @@ def test_every_option() -> None:
             platform="linux/arm64/v8",
             auth_files=("/a",),
             ca_files=("/1", "/2"),
+            index_repositories=("a.example/i", "oci:/i"),
         ),
     )
 
@@ -172,11 +174,50 @@ def test_mount_says_rw_for_everybody() -> None:
     assert not writable("rw,ephemeral,ro")
 
 
+# -- index repositories ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a.example/i", "a.example/i"),
+        ("indexes", "indexes"),
+        ("docker://a.example:5/i/{registry}/{repository}", "docker://a.example:5/i/{registry}/{repository}"),
+        ("oci:i/../{repository}", "oci:/here/{repository}"),
+        ("oci+https://a.example:8", "oci+https://a.example:8"),
+    ],
+)
+def test_index_repositories(text: str, read: str) -> None:
+    assert parse([f"index_repository={text}"], directory="/here").access.index_repositories == (read,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a.example/i:1", "a.example:5", "a.example/i@sha256:1", "oci:", "oci:/i:1", "oci+https://a/i:1", "/srv/i",
+     "a.example/{tag}", "a/{registry", "https://a.example/i", "a b"],
+)  # fmt: skip
+def test_what_is_no_index_repository(text: str) -> None:
+    with pytest.raises(UserError, match="index_repository"):
+        parse([f"index_repository={text}"])
+
+
+def test_index_repositories_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count where no option names one."""
+    monkeypatch.setenv("LAZYFS_INDEX_REPOSITORY", "a.example/i, oci:i  b.example/{repository},")
+    found = parse(["ro"], directory="/here").access.index_repositories
+    assert found == ("a.example/i", "oci:/here/i", "b.example/{repository}")
+    assert parse(["index_repository=c.example/i"]).access.index_repositories == ("c.example/i",)
+    monkeypatch.setenv("LAZYFS_INDEX_REPOSITORY", "a.example/i:1")
+    with pytest.raises(UserError, match="LAZYFS_INDEX_REPOSITORY"):
+        parse([])
+
+
 # -- one table -------------------------------------------------------------------------------------------
 
 
 def test_every_option_of_the_table_is_parsed_and_explained() -> None:
     examples = {"backend": "fuse", "timeout": "5", "platform": "linux/arm64", "upperdir": "/u,rw"}
+    examples["index_repository"] = "a.example/indexes"
     shown = _subcommand_help("mount")
     for option in options.OPTIONS:
         text = option.name if option.read is None else f"{option.name}={examples.get(option.name, '/x')}"
