@@ -50,7 +50,7 @@ class Served:
         self.fault.settimeout(ANSWER_S)
 
     def ask(self, image: str = "registry.example/image:1", **fields: Any) -> dict[str, Any]:
-        request = {"op": "fuse_mount", "image": image, "options": {}, "target": str(self.target)}
+        request = {"op": "fuse_mount", "image": image, "target": str(self.target)}
         return self.connection.ask(request | fields, ANSWER_S)
 
     def mount(self, **fields: Any) -> dict[str, Any]:
