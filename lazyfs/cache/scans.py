@@ -2,7 +2,8 @@
 
     <cache>/scans/<digest of the layer's blob>/lock                   flock: shared by users, exclusive for eviction
                                               /<index digest>/layer   the whole index, made by this host
-                                                             /head    what was fetched of one: its head,
+                                                             /head-<sha256 of it>
+                                                                     what was fetched of one: its head,
                                                              /<n>     and the group of windows at its byte n
                                               /chain-<sha256>         the tree of an image's layers up to this one
 
@@ -27,6 +28,8 @@ from lazyfs.core.index.layerindex import LayerHead
 from lazyfs.core.oci.digests import DiffId, Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.errors import HostError, ImageError
+
+_HEAD = "head-"
 
 
 class KeptLayerIndex:
@@ -60,19 +63,24 @@ class KeptLayerIndex:
         """Whether all of it is here."""
         return os.path.exists(os.path.join(self._directory, "layer"))
 
-    def head(self, head_bytes: int) -> bytes | None:
-        """Its first `head_bytes` bytes. They were right when they were filed; what they are made of has checksums."""
-        return self._read("layer", 0, head_bytes) or self._read("head", 0, head_bytes)
+    def head(self, head_bytes: int, head_sha256: str) -> bytes | None:
+        """Its first `head_bytes` bytes. They were right when they were filed; what they are made of has checksums.
 
-    def keep_head(self, head: bytes) -> None:
+        An image's index may name another head than the layer's index of that digest has. It gets that one, and nobody
+        else does.
+        """
+        return self._read("layer", 0, head_bytes) or self._read(_HEAD + head_sha256, 0, head_bytes)
+
+    def keep_head(self, head: bytes, head_sha256: str) -> None:
         """Files a head that was verified. It only saves time, so a disk that is full is no error."""
-        write_small(self._directory, "head", head)
+        write_small(self._directory, _HEAD + head_sha256, head)
 
     def forget(self) -> None:
         """Removes what is here, groups aside: it has turned out to be of no use."""
-        for name in ("head", "layer"):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._directory, name))
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self._directory):
+                if name == "layer" or name.startswith(_HEAD):
+                    os.unlink(os.path.join(self._directory, name))
 
     def group(self, offset: int, length: int) -> bytes | None:
         """A group of windows, as stored."""

@@ -48,7 +48,7 @@ class Heads:
     def _take_local(self, number: int) -> bool:
         part = self._index.parts[number]
         kept = KeptLayerIndex(self._cache, part.record.blob_digest, part.index_digest)
-        blob = kept.head(part.head_bytes)
+        blob = kept.head(part.head_bytes, part.head_sha256)
         try:
             if blob is None:
                 blob = self._index.inlined_head(part)
@@ -70,7 +70,7 @@ class Heads:
         blob = await self._source.blob_range(part.index_digest, 0, part.head_bytes)
         kept = KeptLayerIndex(self._cache, part.record.blob_digest, part.index_digest)
         self._found[number] = opened_head(part, blob), kept
-        kept.keep_head(blob)
+        kept.keep_head(blob, part.head_sha256)
 
 
 def opened_head(part: LayerPart, blob: bytes, *, check: bool = True) -> LayerHead:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import trio
 
-from lazyfs.core.index.windows import unpack_windows
+from lazyfs.core.index.windows import WindowGroup
 from lazyfs.core.layer.deflate import WINDOW_BYTES
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP
 from lazyfs.errors import ImageError
@@ -32,11 +32,11 @@ class Windows:
 
     def __init__(
         self,
-        groups: tuple[tuple[int, int], ...],
+        groups: tuple[WindowGroup, ...],
         kept: KeptGroups,
         remote: tuple[Source, str] | None,
     ) -> None:
-        """`groups`: (offset, length) of each in a blob of the index. `remote`: source and digest of that."""
+        """`remote`: source and digest of the blob in which the groups lie."""
         self._groups = groups
         self._kept = kept
         self._remote = remote
@@ -58,19 +58,19 @@ class Windows:
             raise ImageError("the index lacks a window that a span needs", "index the image again")
         return window
 
-    async def _load(self, group: int) -> bytes:
-        if group >= len(self._groups):
+    async def _load(self, place: int) -> bytes:
+        if place >= len(self._groups):
             raise ImageError("the index lacks a window that a span needs", "index the image again")
-        offset, length = self._groups[group]
-        kept = self._kept.group(offset, length)
+        group = self._groups[place]
+        kept = self._kept.group(group.offset, group.length)
         if kept is not None:
             with contextlib.suppress(ImageError):  # rotten
-                return unpack_windows(kept)
+                return group.unpack(kept)
         if self._remote is None:
             raise ImageError("the windows of a local index are missing", "index the image again")
         source, digest = self._remote
-        stored = await source.blob_range(digest, offset, offset + length)
-        raw = unpack_windows(stored)
-        self._kept.keep_group(offset, stored)
+        stored = await source.blob_range(digest, group.offset, group.offset + group.length)
+        raw = group.unpack(stored)
+        self._kept.keep_group(group.offset, stored)
         return raw
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.evict import collect, entries
 from lazyfs.cache.images import has_index
+from lazyfs.cache.scans import KeptLayerIndex
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import HostError, ImageError
 from lazyfs.images.documents import load_config
@@ -122,3 +125,14 @@ async def test_scans_are_listed_and_pruned(store: CacheDirectory, tmp_path: Path
     assert not scan.in_use
     collect(store, None)
     assert kept(store) == []
+
+
+def test_a_head_is_found_by_who_names_its_digest(store: CacheDirectory) -> None:
+    """An image's index that names a wrong head of another's layer index has it to itself."""
+    with contextlib.closing(KeptLayerIndex(store, Digest("sha256:" + "1" * 64), Digest("sha256:" + "2" * 64))) as kept:
+        kept.keep_head(b"wrong", "a" * 64)
+        kept.keep_head(b"right", "b" * 64)
+        assert kept.head(5, "a" * 64) == b"wrong" and kept.head(5, "b" * 64) == b"right"
+        assert kept.head(5, "c" * 64) is None
+        kept.forget()
+        assert kept.head(5, "a" * 64) is kept.head(5, "b" * 64) is None

@@ -166,7 +166,7 @@ async def test_rot_in_kept_tables_is_repaired(store: CacheDirectory, tmp_path: P
     user = CacheDirectory(str(tmp_path / "user"))
     async with image_store(user) as images:
         await images.close(await opened(images, reference))
-    (head,) = layer_files(user, "*/*/head")
+    (head,) = layer_files(user, "*/*/head-*")
     (table,) = cached(user, "layers/*/table")
     whole, whole_table = head.read_bytes(), table.read_bytes()
     head.write_bytes(whole[:-5] + bytes(5))  # in the spans
@@ -240,7 +240,7 @@ async def test_what_was_fetched_makes_no_index(store: CacheDirectory, tmp_path: 
     built = await made(store, reference, attach=True)
     user = CacheDirectory(str(tmp_path / "user"))
     assert isinstance(await found_in(user, reference), Found)
-    assert layer_files(user, "*/*/head") and not layer_files(user, "*/*/layer")
+    assert layer_files(user, "*/*/head-*") and not layer_files(user, "*/*/layer")
     async with resolved(user, reference) as image:
         config = parse_config(await load_config(user, image))
         (layer,) = image.manifest.layers
@@ -293,7 +293,7 @@ async def test_tables_that_are_not_those_of_the_index_are_refused(store: CacheDi
     blob.write_bytes(sound)
     user = CacheDirectory(str(tmp_path / "user"))
     assert isinstance(await found_in(user, reference), Found)
-    (head,) = layer_files(user, "*/*/head")
+    (head,) = layer_files(user, "*/*/head-*")
     whole = head.read_bytes()
     for rotten in (whole[:-1], b"", whole[:-50] + bytes(50), bytes(len(whole))):
         head.write_bytes(rotten)

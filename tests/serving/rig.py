@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,6 +18,7 @@ from backports import zstd
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import WindowGroups
+from lazyfs.core.index.windows import WindowGroup
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.layer.spans import Compression, Point, SpanTable, encode_points
 from lazyfs.core.oci.digests import Digest
@@ -64,7 +66,7 @@ class Stored:
     blob: bytes
     spans: SpanTable
     points: list[Point] = field(default_factory=list)
-    groups: tuple[tuple[int, int], ...] = ()
+    groups: tuple[WindowGroup, ...] = ()
     windows: bytes = b""
 
 
@@ -85,7 +87,7 @@ def stored(kind: str) -> Stored:
     spans = SpanTable(compression, len(blob), len(tar()), encode_points(inflater.points))
     groups, at = [], 0
     for group in inflater.window_groups:
-        groups.append((at, len(group)))
+        groups.append(WindowGroup(at, len(group), hashlib.sha256(group).hexdigest()))
         at += len(group)
     return Stored(blob, spans, inflater.points, tuple(groups), b"".join(inflater.window_groups))
 

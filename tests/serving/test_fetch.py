@@ -4,7 +4,9 @@ few requests.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import os
 import random
 import weakref
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazyfs.cache.images import WindowGroups
+from lazyfs.core.index.windows import WindowGroup, pack_windows
 from lazyfs.core.layer.plan import spans_for_block
 from lazyfs.core.layer.spans import Compression, SpanTable, encode_points
 from lazyfs.decoding.span import SpanDecoder
@@ -217,10 +220,28 @@ async def test_damaged_windows_in_the_cache_are_fetched_again(tmp_path: Path) ->
     fresh = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
     assert await fresh.get(0) == first
     assert await Windows(kept.groups, WindowGroups(str(tmp_path)), None).get(0) == first  # it was put right on disk
+    (forged,) = pack_windows([b"another"])
+    (tmp_path / "0").write_bytes(forged.ljust(kept.groups[0].length, b"\0"))
+    assert await Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows")).get(0) == first
     with pytest.raises(ImageError):
         await fresh.get(10_000)
     with pytest.raises(ImageError):
         await Windows(kept.groups, WindowGroups(str(tmp_path / "none")), None).get(0)
+
+
+async def test_windows_of_another_registry_are_not_used(tmp_path: Path) -> None:
+    """Sound in form, but not those whose digest the index gives: what another image's registry said of a shared layer
+    must not harm this one."""
+    (forged,) = pack_windows([b"another"])
+    lying = FakeSource(dataclasses.replace(stored("gzip"), windows=forged))
+    remote = (cast(Source, lying), "windows")
+    asked = WindowGroup(0, len(forged), stored("gzip").groups[0].sha256)
+    with pytest.raises(ImageError, match="digest"):
+        await Windows((asked,), WindowGroups(str(tmp_path)), remote).get(0)
+    assert not os.listdir(tmp_path)
+    unsaid = asked._replace(sha256="")  # as in version 1
+    assert (await Windows((unsaid,), WindowGroups(str(tmp_path)), remote).get(0)).endswith(b"another")
+
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))

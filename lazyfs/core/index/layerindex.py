@@ -28,7 +28,7 @@ from lazyfs.core.index.sections import (
     sha256_hex,
     write_header,
 )
-from lazyfs.core.index.windows import MAX_GROUP_BYTES
+from lazyfs.core.index.windows import MAX_GROUP_BYTES, WindowGroup
 from lazyfs.core.layer.blocks import BlockTable, pack_table, unpack_table
 from lazyfs.errors import ImageError
 
@@ -47,18 +47,16 @@ def encode_parts(
     """The blob of these parts; all but the groups of windows are still to be compressed."""
     plain = (pack_table(table), span_records, entries)
     stored = tuple(map(compress, plain))
-    windows = b"".join(window_groups)
     header = {
         "version": _VERSION,
         "layer": record_fields(record),
         "table": [len(stored[0]), len(plain[0])],
         "spans": [len(stored[1]), len(plain[1])],
-        "windows": list(map(len, window_groups)),
-        "windows_sha256": hashlib.sha256(windows).hexdigest(),
+        "windows": [[len(group), hashlib.sha256(group).hexdigest()] for group in window_groups],
         "entries": [len(stored[2]), len(plain[2])],
         "entries_sha256": hashlib.sha256(stored[2]).hexdigest(),
     }
-    return b"".join((write_header(_MAGIC, header), stored[0], stored[1], windows, stored[2]))
+    return b"".join((write_header(_MAGIC, header), stored[0], stored[1], *window_groups, stored[2]))
 
 
 class LayerHead:
@@ -74,16 +72,15 @@ class LayerHead:
             self.record: LayerRecord = read_record(header["layer"])
             self._table = section_lengths(header["table"])
             self._spans = section_lengths(header["spans"])
-            groups = [number(length, MAX_GROUP_BYTES) for length in header["windows"]]
+            groups = [(number(length, MAX_GROUP_BYTES), sha256_hex(sha256)) for length, sha256 in header["windows"]]
             self._entries = section_lengths(header["entries"])
-            self.windows_sha256 = sha256_hex(header["windows_sha256"])
             self._entries_sha256 = sha256_hex(header["entries_sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise ImageError(f"the header of {_WHAT} is damaged ({type(error).__name__})") from None
         self._table_at = at
         self.head_bytes = at + self._table[0] + self._spans[0]
-        ends = list(accumulate(groups, initial=self.head_bytes))
-        self.windows: tuple[tuple[int, int], ...] = tuple(zip(ends, groups, strict=False))  # (offset, length) of groups
+        ends = list(accumulate((length for length, _ in groups), initial=self.head_bytes))
+        self.windows = tuple(WindowGroup(at, *group) for at, group in zip(ends, groups, strict=False))
         self._entries_at = ends[-1]
         self.whole_bytes = ends[-1] + self._entries[0]
         if not self.head_bytes <= len(self._blob) <= self.whole_bytes:

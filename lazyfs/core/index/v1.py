@@ -15,7 +15,7 @@ from typing import Any
 
 from lazyfs.core.index.record import MAX_BLOB_BYTES, MAX_LAYERS, LayerRecord
 from lazyfs.core.index.sections import MAX_STORED_BYTES, Sections, number, sha256_hex, text
-from lazyfs.core.index.windows import MAX_GROUP_BYTES
+from lazyfs.core.index.windows import MAX_GROUP_BYTES, WindowGroup
 from lazyfs.core.layer.blocks import MAX_BLOCKS, MAX_TAR_BYTES
 from lazyfs.core.layer.spans import Compression
 from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest
@@ -37,7 +37,7 @@ class LayerV1:
     """One layer of an index of version 1; the counterpart of LayerHead (core/index/layerindex.py)."""
 
     record: LayerRecord
-    windows: tuple[tuple[int, int], ...]  # (offset, length) of each group in the windows blob
+    windows: tuple[WindowGroup, ...]  # in the windows blob
     _index: IndexV1
     _number: int
 
@@ -104,8 +104,8 @@ def _record(fields: dict[str, Any]) -> LayerRecord:
     )
 
 
-def _groups(fields: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    return tuple((number(a, 1 << 50), number(b, MAX_GROUP_BYTES)) for a, b in fields["window_groups"])
+def _groups(fields: dict[str, Any]) -> tuple[WindowGroup, ...]:
+    return tuple(WindowGroup(number(a, 1 << 50), number(b, MAX_GROUP_BYTES)) for a, b in fields["window_groups"])
 
 
 def _unpack_table(packed: bytes) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lazyfs.core.index.sections import compress, decompress
 from lazyfs.core.layer.deflate import WINDOW_BYTES
@@ -11,6 +13,21 @@ from lazyfs.errors import ImageError
 
 # A stored group of windows: 1 MiB before compression, and what zstd adds to noise.
 MAX_GROUP_BYTES = 2 * WINDOWS_PER_GROUP * WINDOW_BYTES
+
+
+class WindowGroup(NamedTuple):
+    """A stored group: its place in a blob of the index, in bytes, and its sha256 as 64 hex digits (version 1 does not
+    say: empty)."""
+
+    offset: int
+    length: int
+    sha256: str = ""
+
+    def unpack(self, stored: bytes) -> bytes:
+        """The windows of this group, back to back. ImageError if it is another one, or damaged."""
+        if self.sha256 and hashlib.sha256(stored).hexdigest() != self.sha256:
+            raise ImageError("a group of windows does not have the digest that the index gives")
+        return unpack_windows(stored)
 
 
 def pack_windows(windows: Sequence[bytes]) -> list[bytes]:
