@@ -11,8 +11,9 @@ From the outside in, for one reader who wants some blocks:
     attempts    a request that fails for a while is sent REQUEST_ATTEMPTS times, with pauses
     redirects   an attempt follows at most MAX_REDIRECTS
 
-Beside that, windows are read by one range for eight of them, and kept. The inner three multiply only if the server
-fails in all those ways at once; the deadline of the request ends them before that.
+Beside that, windows are read by one range for eight of them or more, and kept; and what is guessed around a miss is
+fetched by batches of its own, DAMAGE_TRIES times each, for which nobody waits. The inner three multiply only if the
+server fails in all those ways at once; the deadline of the request ends them before that.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ class Assembler:
         self._layer = fragments.layer
         self._fragments = fragments
         self.at = tar_start  # the next plain byte
+        self.published = 0
         self.bad = 0
 
     def add(self, raw: bytes) -> None:
@@ -92,5 +93,7 @@ class Assembler:
                     self._fragments.forget(block)
 
     def _publish(self, block: int, content: bytes | memoryview) -> None:
-        if not self._layer.publish(block, content):
+        if self._layer.publish(block, content):
+            self.published += 1
+        else:
             self.bad += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lazyfs.cache.layer import CachedLayer
-from lazyfs.core.layer.plan import Readahead
+from lazyfs.core.layer.plan import Readahead, nearby
 from lazyfs.core.retries import MAX_ROUNDS
 from lazyfs.errors import RemoteError
 from lazyfs.serving.assemble import Fragments
@@ -56,9 +56,13 @@ class LayerFetcher:
         if rank is Rank.READ:
             self._demanded_bytes += sum(self.layer.table.lengths[block] for block in missing)
         reader = Reader()
+        guessed = False
         try:
             while missing:
-                self._ask(missing, rank, reader)
+                supplier = self._ask(missing, rank, reader)
+                if rank is Rank.READ and not guessed:
+                    self._guess(missing, supplier)
+                    guessed = True
                 await reader.woken()
                 left = self.layer.missing(blocks)
                 if len(left) < len(missing):
@@ -73,8 +77,8 @@ class LayerFetcher:
         finally:
             reader.leave()
 
-    def _ask(self, missing: list[int], rank: Rank, reader: Reader) -> None:
-        """Sees to it that all missing blocks are wanted, and what a stream of reads will want next."""
+    def _ask(self, missing: list[int], rank: Rank, reader: Reader) -> _Supplier:
+        """Sees to it that all missing blocks are wanted. Returns where the last one shall come from."""
         for block in missing:
             supplier, parts = self._offer(block, reader)
             waits = [supplier.want(part, rank, reader) for part in parts]
@@ -82,13 +86,18 @@ class LayerFetcher:
                 self.fragments.forget(block)
                 reader.served += 1
                 reader.wake()
-        if rank is not Rank.READ:
-            return
+        return supplier
+
+    def _guess(self, missing: list[int], supplier: _Supplier) -> None:
+        """Wants what is probably read next, behind all that somebody waits for."""
+        blocks = range(missing[0], missing[-1] + 1)
         start, end = self.layer.table.tar_offsets[missing[0]], self._end_of(missing[-1])
         upto = self._readahead.after(start, end)
-        if upto > end:
-            for part in supplier.source.ahead(start, end, upto):
-                supplier.want(part, rank)
+        near = range(end, end)
+        if worth_bytes := supplier.source.worth_bytes:
+            near = nearby(self.layer.table, blocks, worth_bytes, self._demanded_bytes)
+        for part in supplier.source.ahead(near.start, max(near.stop, upto)) if near or upto > end else ():
+            supplier.want(part, Rank.AHEAD)
 
     def _offer(self, block: int, reader: Reader) -> tuple[_Supplier, list[Part]]:
         """Where a block shall come from: wherever it is on its way already, else the first that can bring it and has
@@ -97,7 +106,7 @@ class LayerFetcher:
         offers = []
         for supplier in self._suppliers:
             if supplier.source not in reader.failures:
-                parts = supplier.source.parts(block, self._demanded_bytes)
+                parts = supplier.source.parts(block)
                 if parts is not None:
                     offers.append((supplier, list(parts)))
         if not offers:

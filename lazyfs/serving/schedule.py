@@ -25,8 +25,9 @@ class Rank(enum.IntEnum):
     """How urgent something is; the lower, the sooner."""
 
     READ = 0  # somebody waits for it, or soon will
-    PACK = 1  # a start will want it, as earlier ones did
-    FILL = 2  # all the rest
+    AHEAD = 1  # a guess, from what is read
+    PACK = 2  # a start will want it, as earlier ones did
+    FILL = 3  # all the rest
 
 
 class Ticket:
@@ -119,8 +120,7 @@ class Schedule(Generic[T]):
             turns = deque(queue)
             while turns and self._going < slots:
                 source = turns.popleft()
-                wanted = queue[source]
-                batch = source.batch(next(iter(wanted)), wanted)
+                batch = self._batch(rank, source)
                 if batch is None:
                     continue
                 for piece in batch.pieces:
@@ -131,6 +131,15 @@ class Schedule(Generic[T]):
                 self._going += 1
                 batches.append(batch)
         return batches
+
+    def _batch(self, rank: Rank, source: BlockSource) -> Batch | None:
+        """What one act brings. Guesses go behind what is read, or behind each other: never more of them in one act than
+        the source likes, since a reader who comes later may have to wait for the whole act."""
+        wanted = self._queues[rank][source]
+        first = next(iter(wanted))
+        if rank is Rank.AHEAD:
+            return source.batch(first, {first: wanted[first]}, wanted)
+        return source.batch(first, wanted, self._queues[Rank.AHEAD].get(source, {}) if rank is Rank.READ else {})
 
     def ended(self, batch: Batch, error: LazyfsError | None) -> list[T]:
         """A batch came, or failed. Returns whom to wake: each looks for itself what it still misses.

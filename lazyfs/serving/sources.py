@@ -40,17 +40,19 @@ class Batch(NamedTuple):
 class BlockSource(Protocol):
     """Brings blocks of the layers it was made for, into the cache. Hashed by identity. Owned by the trio thread."""
 
-    def parts(self, block: int, demanded_bytes: int) -> Sequence[Part] | None:
-        """Which pieces a block lies in, and what is wanted of each; None if it cannot come from here, or not soon.
+    @property
+    def worth_bytes(self) -> int:
+        """So many plain bytes take about as long as the act that brings them; 0 if guesses are not worth it."""
 
-        `demanded_bytes`: how much of the layer was missing when it was read so far. Who read much reads on.
-        """
+    def parts(self, block: int) -> Sequence[Part] | None:
+        """Which pieces a block lies in, and what is wanted of each; None if it cannot come from here, or not soon."""
 
-    def ahead(self, start: int, end: int, upto: int) -> Sequence[Part]:
-        """Pieces to fetch ahead of a demand of the plain bytes [start, end), up to `upto`."""
+    def ahead(self, start: int, end: int) -> Sequence[Part]:
+        """Pieces of the plain bytes [start, end) that are worth fetching before they are read."""
 
-    def batch(self, first: int, wanted: Mapping[int, Extent]) -> Batch | None:
-        """What one act would bring: the piece `first` and some others of `wanted`, none of which is in flight.
+    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch | None:
+        """What one act would bring: the piece `first` and some others of `wanted`, none of which is in flight; and of
+        `behind` what comes after all those, so that nobody waits for it.
 
         None: not now; the schedule asks again when something else has ended.
         """

@@ -11,6 +11,7 @@ import trio
 from lazyfs.core.layer.plan import REQUEST_BYTES
 from lazyfs.core.layer.spans import Compression, Span, SpanTable
 from lazyfs.decoding.span import SpanDecoder
+from lazyfs.errors import ImageError
 from lazyfs.serving.assemble import Assembler, Fragments
 from lazyfs.serving.blob import BlobReader
 from lazyfs.serving.sources import Batch
@@ -19,6 +20,9 @@ from lazyfs.serving.sources import Batch
 # and more.
 MAX_CURSORS = 16
 MAX_FRAME_CURSORS = 2
+# So much of an answer is decoded at once, in a thread: first little, since somebody may wait for just that, then more.
+MIN_PIECE_BYTES = 32 << 10
+MAX_PIECE_BYTES = 512 << 10
 
 
 @dataclass(slots=True)
@@ -95,6 +99,7 @@ class SpanRun:
         self._target = target  # the plain byte up to which the last span is wanted
         self._stop = context.spans.blob_end_for(self._last, target)  # where the blob should have led there
         self._assembler = Assembler(context.fragments, current.tar_at)
+        self._sound = True  # no decoder failed
 
     @classmethod
     async def open(cls, context: RunContext, batch: Batch) -> SpanRun:
@@ -105,10 +110,9 @@ class SpanRun:
         return cls(context, current, following, batch.extent.end)
 
     async def fetch(self, published: Callable[[], None]) -> int:
-        """Fetches and publishes; returns how many blocks did not verify. Calls `published` after each request."""
+        """Fetches and publishes; returns how many blocks did not verify. Calls `published` whenever some were."""
         while not self._arrived():
-            await self._request()
-            published()
+            await self._request(published)
         if self._assembler.at >= self._last.tar_end or self._current.blob_at >= self._last.blob_end:
             self._current.decoder.finish()
         else:
@@ -118,37 +122,56 @@ class SpanRun:
     def _arrived(self) -> bool:
         return self._assembler.at >= self._target or self._current.blob_at >= self._last.blob_end
 
-    async def _request(self) -> None:
+    async def _request(self, published: Callable[[], None]) -> None:
         """One request: for all of it, but for a span that is larger than that (a layer of a single zstd frame)."""
         start = self._current.blob_at
         if start >= self._stop:  # the index said that the target lies before that
             self._stop = self._last.blob_end
         stop = min(self._stop, start + REQUEST_BYTES)
+        pieces: list[bytes] = []
+        step = MIN_PIECE_BYTES
+
+        async def take(piece: bytes | None) -> None:
+            nonlocal step
+            if piece is not None:
+                pieces.append(piece)
+            if pieces and (piece is None or sum(map(len, pieces)) >= step):
+                data = b"".join(pieces)
+                pieces.clear()
+                step = min(2 * step, MAX_PIECE_BYTES)
+                before = self._assembler.published
+                await trio.to_thread.run_sync(self._decode, data, limiter=self._context.decoders)
+                if self._assembler.published > before:
+                    published()
+
         try:
-            data = await self._context.reader.range(start, stop)
+            await self._context.reader.range(start, stop, take)
+            await take(None)
         except BaseException:
             self._keep()  # whoever tries again goes on
             raise
-        await trio.to_thread.run_sync(self._decode, data, limiter=self._context.decoders)
-        self._current.blob_at = stop
-        self._current.tar_at = self._assembler.at
+        if self._current.blob_at < stop:
+            raise ImageError("a range of the layer is shorter than its index says", "try again")
 
     def _decode(self, data: bytes) -> None:
         """The next bytes of the blob -> whole blocks, published. In a worker thread."""
-        start = self._current.blob_at
+        start, self._sound = self._current.blob_at, False
+        end = start + len(data)
         while True:
             span, decoder = self._current.span, self._current.decoder
             piece = data[max(0, span.blob_start - start) : max(0, span.blob_end - start)]
             if piece and not decoder.done:
                 for raw in decoder.feed(piece):
                     self._assembler.add(raw)
-            if not self._following:
-                return
+            self._current.blob_at, self._current.tar_at = min(end, span.blob_end), self._assembler.at
+            if end < span.blob_end or not self._following:
+                break
             decoder.finish()
             self._current = self._following.popleft()  # a decoder has 0.1 MB, and a run may have a dozen
+        self._sound = True
 
     def _keep(self) -> None:
-        if not self._assembler.bad:
+        if self._sound and not self._assembler.bad:
             self._context.cursors.keep(self._current)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
-from lazyfs.core.layer.plan import next_run, slack_bytes, spans_for_block
-from lazyfs.core.layer.spans import SpanTable
+from lazyfs.core.layer.plan import MAX_TIMES, longer_run, next_run, spans_for_block
+from lazyfs.core.layer.spans import Span, SpanTable
 from lazyfs.core.retries import DAMAGE_TRIES
 from lazyfs.errors import ImageError, RemoteError
 from lazyfs.serving.assemble import Fragments
@@ -40,10 +40,15 @@ class SpanSource:
     def _is_of(self, blob: Blob) -> bool:
         return self.blob.digest == blob.digest and self._spans.same_as(blob.spans)
 
-    def parts(self, block: int, demanded_bytes: int) -> Sequence[Part]:
-        """As BlockSource. A span is wanted up to some way beyond the block."""
+    @property
+    def worth_bytes(self) -> int:
+        """As BlockSource: what is stored, times how much it shrank."""
+        return self.blob.cost.worth_bytes * self._spans.tar_bytes // max(1, self._spans.blob_bytes)
+
+    def parts(self, block: int) -> Sequence[Part]:
+        """As BlockSource."""
         table = self._layer.table
-        end = table.tar_offsets[block] + table.lengths[block] + slack_bytes(demanded_bytes, self._reader.quickest_s)
+        end = table.tar_offsets[block] + table.lengths[block]
         parts = []
         for number in spans_for_block(table, self._spans, block):
             span = self._spans[number]
@@ -51,25 +56,32 @@ class SpanSource:
             parts.append(Part(number, None if start is None else Extent(start, min(end, span.tar_end))))
         return parts
 
-    def ahead(self, start: int, end: int, upto: int) -> Sequence[Part]:
+    def ahead(self, start: int, end: int) -> Sequence[Part]:
         """As BlockSource. The extents are empty: they only say how far a span is wanted, however far it came."""
         parts = []
-        for number in self._spans.covering(start, min(upto, self._spans.tar_bytes)):
+        for number in self._spans.covering(start, min(end, self._spans.tar_bytes)):
             span = self._spans[number]
-            target = min(upto, span.tar_end)
-            if self._lacks(max(end, span.tar_start), target):
+            target = min(end, span.tar_end)
+            if self._lacks(span, max(start, span.tar_start), target):
                 parts.append(Part(number, Extent(target, target)))
         return parts
 
-    def _lacks(self, start: int, end: int) -> bool:
-        """Whether a block of these plain bytes is absent; those that lie wholly in them stand for all."""
-        blocks = self._layer.table.from_tar(start, end)
-        return bool(self._layer.missing(blocks[1:-1] or blocks))
+    def _lacks(self, span: Span, start: int, end: int) -> bool:
+        """Whether something of these plain bytes of a span is wanted: a block is absent, and its part is not here."""
+        absent = self._layer.missing(self._layer.table.from_tar(start, end))
+        return any(self._fragments.lacks_from(block, span) is not None for block in absent)
 
-    def batch(self, first: int, wanted: Mapping[int, Extent]) -> Batch:
-        """As BlockSource: neighbours that fit into one request."""
-        run = next_run(wanted.keys(), self._spans, first, self.cursors.numbers)
-        return Batch(self, run, Extent(wanted[run[0]].start, wanted[run[-1]].end))
+    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
+        """As BlockSource: neighbours that fit into one request, and behind them what is worth that."""
+        begun = self.cursors.numbers
+        run = next_run(wanted.keys(), self._spans, first, begun)
+        extent = Extent(wanted[run[0]].start, wanted[run[-1]].end)
+        if extent.end >= self._spans[run[-1]].tar_end:  # what follows can be entered
+            most_bytes = MAX_TIMES * self.blob.cost.worth_bytes
+            longer = longer_run(run, behind.keys(), self._spans, begun, most_bytes)
+            if len(longer) > len(run):
+                run, extent = longer, extent._replace(end=behind[longer[-1]].end)
+        return Batch(self, run, extent)
 
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         """As BlockSource. Damaged data is fetched again, then ImageError or RemoteError."""

@@ -14,6 +14,7 @@ from lazyfs.cache.images import forget_indexes, make_index_directory, namespace_
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.cache.locks import lock_shared
 from lazyfs.core.deadlines import answer_s
+from lazyfs.core.layer.plan import Cost
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
@@ -157,8 +158,9 @@ class ImageStore:
             found = documents.found
             by_root = {layer.head.record.content_root: layer for layer in found.layers.values()}
             devices = found.namespace.devices
+            cost = Cost()
             roots = [ContentRoot(device.tag.decode()) for device in devices]
-            layers = [self._layer(resolved, found, by_root[root], fresh, timeout_s) for root in roots]
+            layers = [self._layer(resolved, found, by_root[root], fresh, timeout_s, cost) for root in roots]
             sizes = [device.size_bytes for device in devices]
             if sizes != [device.size_bytes for device, _ in layers]:
                 raise ImageError("the namespace in the index does not fit its block tables")
@@ -208,6 +210,7 @@ class ImageStore:
         layer: FoundLayer,
         fresh: dict[ContentRoot, DataDevice],
         timeout_s: float,
+        cost: Cost,
     ) -> tuple[DataDevice, Blob]:
         """The data device of one layer, from `fresh` if it was not open before, and where to fetch it."""
         record = layer.head.record
@@ -220,7 +223,7 @@ class ImageStore:
         spans = span_table(layer.head, device.layer.table.tar_bytes)
         remote = (found.source, layer.windows_digest) if layer.windows_digest else None
         windows = Windows(layer.head.windows, layer.kept, remote)
-        return device, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s)
+        return device, Blob(resolved.source, record.blob_digest, spans, windows, timeout_s, cost)
 
     def _cached(self, content_root: ContentRoot) -> CachedLayer | None:
         """The layer if it is in the cache and whole: then no table has to be read from the index."""

@@ -16,7 +16,8 @@ import trio
 from lazyfs.core.oci.digests import DigestCheck, digest_matches
 from lazyfs.core.retries import MAX_RESOLVES
 from lazyfs.errors import ImageError, NotFound, RemoteError
-from lazyfs.sources.http import BodyTooLarge, HttpClient, Response, StreamResponse
+from lazyfs.sources.http import Begin, BodyTooLarge, HttpClient, Response, StreamResponse
+from lazyfs.sources.transfer import Take
 from lazyfs.sources.urls import redact
 
 # A server that ignores ranges sends the whole blob for each read. Up to 16 MiB that is tolerated: it costs a fraction
@@ -97,19 +98,53 @@ async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes
     )
 
 
-async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: int, end: int) -> bytes:
-    """Exactly the bytes [start, end) of the blob. RemoteError or NotFound if they cannot be had."""
+class _Handed:
+    """Hands on the bytes of one range as they come, over any number of attempts."""
+
+    def __init__(self, take: Take, start: int, end: int) -> None:
+        self._take = take
+        self._range = start, end
+        self._handed = 0  # of the range's bytes
+        self._at = 0  # of them, in the present attempt
+
+    def begin(self, head: Response) -> Take | None:
+        """An attempt's answer begins. None: it is not the range; collect it."""
+        self._at = 0
+        return self.more if head.status == 206 and _content_range(head.headers) == self._range else None
+
+    async def more(self, piece: bytes) -> None:
+        """Once more what was handed on already is left out: a server that sends other bytes then is found out by the
+        hashes of what they decode to."""
+        fresh = piece[max(0, self._handed - self._at) :]
+        self._at += len(piece)
+        if fresh and self._at <= self._range[1] - self._range[0]:
+            self._handed += len(fresh)
+            await self._take(fresh)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the present attempt brought."""
+        return self._at
+
+
+async def fetch_range(
+    http: HttpClient, locator: Locator, digest: str, start: int, end: int, take: Take | None = None
+) -> bytes:
+    """Exactly the bytes [start, end) of the blob, given to `take` if there is one, as they come, and else returned.
+    RemoteError or NotFound if they cannot be had."""
     if not 0 <= start <= end:
         raise ValueError(f"bad range {start}-{end}")
     if start == end:
         return b""
+    handed = _Handed(take, start, end) if take is not None else None
 
     def check(response: Response) -> str | None:
         if response.status != 206:
             return None
         if _ends_before(response.headers, end):
             raise _Shorter(locator, end)
-        if _content_range(response.headers) != (start, end) or len(response.body) != end - start:
+        came = len(response.body) if handed is None else handed.bytes
+        if _content_range(response.headers) != (start, end) or came != end - start:
             return "the server sent another range than asked for"
         return None
 
@@ -117,7 +152,7 @@ async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: in
     headers = {"Range": f"bytes={start}-{end - 1}"}
     limit = max(end - start, MAX_WHOLE_BLOB_BYTES)
     try:
-        response = await _get(http, locator, headers, limit, check)
+        response = await _get(http, locator, headers, limit, check, handed.begin if handed is not None else None)
     except BodyTooLarge:
         raise RemoteError(
             f"{locator.what}: the server ignores ranges and sends the whole blob",
@@ -136,16 +171,24 @@ async def fetch_range(http: HttpClient, locator: Locator, digest: str, start: in
         )
     if len(response.body) < end:
         raise _Shorter(locator, end)
-    return response.body[start:end]
+    if handed is None:
+        return response.body[start:end]
+    await handed.more(response.body[start:end])
+    return b""
 
 
 async def _get(
-    http: HttpClient, locator: Locator, headers: dict[str, str], max_body_bytes: int, check: Check | None
+    http: HttpClient,
+    locator: Locator,
+    headers: dict[str, str],
+    max_body_bytes: int,
+    check: Check | None,
+    begin: Begin | None = None,
 ) -> Response:
     for _ in range(MAX_RESOLVES):
         url, own = await locator.where()
         response = await http.send(
-            "GET", url, headers=own | headers, max_body_bytes=max_body_bytes, check=check
+            "GET", url, headers=own | headers, max_body_bytes=max_body_bytes, check=check, begin=begin
         )
         if response.status not in REFUSED:
             locator.came_from(response.url)

@@ -20,7 +20,7 @@ from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, is_digest
 from lazyfs.errors import ImageError, NotFound, UserError
 from lazyfs.sources.directory import Directory
-from lazyfs.sources.transfer import TransferCounters
+from lazyfs.sources.transfer import Take, TransferCounters
 
 READ_CHUNK_BYTES = 1 << 20
 MAX_LAYOUT_FILE_BYTES = 4096  # the oci-layout file holds one short object
@@ -129,11 +129,15 @@ class DirectoryLayout(Layout):
             raise ImageError(f"{self.what}: blob {digest} does not match its size and digest")
         return data
 
-    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
+    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified. ImageError if it is shorter."""
         if not 0 <= start <= end:
             raise ValueError(f"bad range {start}-{end}")
-        return await self._read(blob_name(digest), start, end) if end > start else b""
+        data = await self._read(blob_name(digest), start, end) if end > start else b""
+        if take is None:
+            return data
+        await take(data)
+        return b""
 
     @asynccontextmanager
     async def blob_stream(self, digest: str, size_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:

@@ -21,7 +21,7 @@ from lazyfs.errors import ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.sources.blobs import fetch_blob, fetch_range, open_blob_stream
 from lazyfs.sources.http import HttpClient, Response, StreamResponse
 from lazyfs.sources.registryapi import MAX_RENEWALS, PULL, PUSH, RegistryApi, unexpected
-from lazyfs.sources.transfer import TransferCounters
+from lazyfs.sources.transfer import Take, TransferCounters
 from lazyfs.sources.urls import led_to
 
 MAX_REFERRER_PAGES = 16
@@ -75,9 +75,9 @@ class Registry:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
         return await fetch_blob(self._http, _Place(self._api, self._places, digest), digest, size_bytes)
 
-    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
+    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
         """Exactly the bytes [start, end) of a blob. Not verified: the caller knows its blocks' hashes."""
-        return await fetch_range(self._http, _Place(self._api, self._places, digest), digest, start, end)
+        return await fetch_range(self._http, _Place(self._api, self._places, digest), digest, start, end, take)
 
     def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""

@@ -10,7 +10,7 @@ from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference, Reference, RegistryReference
 from lazyfs.sources.access import Access
-from lazyfs.sources.transfer import PATIENCE_S, TransferCounters
+from lazyfs.sources.transfer import PATIENCE_S, Take, TransferCounters
 
 if TYPE_CHECKING:
     from lazyfs.sources.connections import Connections
@@ -34,8 +34,9 @@ class Source(Protocol):
     async def blob(self, digest: str, size_bytes: int) -> bytes:
         """The whole blob in memory, size and digest verified. The caller caps the size."""
 
-    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
-        """Exactly the bytes [start, end) of a blob, not verified; ImageError if it is shorter."""
+    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
+        """Exactly the bytes [start, end) of a blob, not verified; ImageError if it is shorter. With `take` they are
+        given to that as they come, and nothing is returned."""
 
     def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order in pieces of at most 1 MiB; verified after the last piece (ImageError)."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+# Is given the bytes of an answer as they come, in order and each once, whatever is asked for again.
+Take = Callable[[bytes], Awaitable[None]]
 
 PATIENCE_S = 30.0  # of silence, not for the whole answer: the caller bounds that
 

@@ -11,6 +11,7 @@ from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import WebReference
 from lazyfs.errors import NotFound, RemoteError, UserError
 from lazyfs.sources.layout import Layout, blob_name
+from lazyfs.sources.transfer import Take
 
 if TYPE_CHECKING:
     from lazyfs.sources.http import HttpClient, Response, StreamResponse
@@ -44,11 +45,11 @@ class WebLayout(Layout):
 
         return await fetch_blob(self._http, _WebPlace(self, digest), digest, size_bytes)
 
-    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
+    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified."""
         from lazyfs.sources.blobs import fetch_range
 
-        return await fetch_range(self._http, _WebPlace(self, digest), digest, start, end)
+        return await fetch_range(self._http, _WebPlace(self, digest), digest, start, end, take)
 
     def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.layer.blocks import BlockTable, BlockTableBuilder
+from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder
 from lazyfs.core.layer.plan import (
     MAX_AHEAD_BYTES,
-    MAX_SLACK_BYTES,
-    MIN_SLACK_BYTES,
     MIN_STREAK_BYTES,
     REQUEST_BYTES,
+    WHOLE_FILE_BYTES,
+    Cost,
     Readahead,
+    file_of,
+    longer_run,
+    nearby,
     next_run,
-    slack_bytes,
     spans_for_block,
 )
 from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, SpanTable, encode_points
@@ -60,19 +63,91 @@ def test_a_block_lies_in_one_span_or_straddles_two() -> None:
     assert [spans_for_block(table, spans, block) for block in (0, 1)] == [range(0, 1), range(0, 2)]
 
 
-@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40), st.floats(0, 100), st.floats(0, 100))
-def test_slack_grows_with_the_demand_and_the_distance_within_bounds(
-    one_bytes: int, other_bytes: int, one_s: float, other_s: float
+@pytest.mark.parametrize(
+    ("request_s", "bytes_per_s", "least", "most"),
+    [
+        (0.021, 24e6, 400e3, 650e3),  # WAN: as much as the link holds
+        (0.002, 117e6, 150e3, 300e3),  # LAN
+        (0.041, 6e6, 200e3, 320e3),  # home
+        (0.0001, 1e9, 64 << 10, 120e3),  # next door: never less than that
+        (5.0, 100e6, 1 << 20, 1 << 20),  # never more, however slow
+    ],
+)
+def test_as_much_is_worth_fetching_as_takes_as_long_as_a_request(
+    request_s: float, bytes_per_s: float, least: float, most: float
 ) -> None:
-    (little, much), (near_s, far_s) = sorted((one_bytes, other_bytes)), sorted((one_s, other_s))
-    slack = slack_bytes(little, near_s)
-    assert MIN_SLACK_BYTES <= slack <= MAX_SLACK_BYTES
-    assert slack <= slack_bytes(much, near_s) and slack <= slack_bytes(little, far_s)
+    cost = Cost()
+    for size in (2_000, 300_000, 70_000, 1_000_000, 12_000, 500_000):
+        cost.saw(size, request_s + size / bytes_per_s)
+    assert least <= cost.worth_bytes <= most
 
 
-def test_a_small_start_near_its_registry_gets_no_more_than_needed() -> None:
-    assert slack_bytes(12 << 20, 0.009) == MIN_SLACK_BYTES
-    assert slack_bytes(24 << 20, 0.004) == slack_bytes(0, 0.04) == MAX_SLACK_BYTES
+def test_before_anything_was_seen_a_guess_is_small_and_slow_answers_under_load_are_outweighed() -> None:
+    cost = Cost()
+    assert 0 < cost.worth_bytes <= 256 << 10
+    cost.saw(1000, 0.020)
+    cost.saw(500_000, 0.040)
+    before = cost.worth_bytes
+    cost.saw(500_000, 0.400)  # others shared the wire
+    assert before // 2 <= cost.worth_bytes <= 2 * before
+
+
+def test_a_link_that_becomes_faster_or_slower_is_noticed() -> None:
+    cost = Cost()
+    for _ in range(100):
+        cost.saw(500_000, 0.020 + 500_000 / 24e6)
+    for _ in range(100):
+        cost.saw(500_000, 0.002 + 500_000 / 117e6)
+    assert cost.request_s < 0.010 and cost.bytes_per_s > 80e6
+    for _ in range(200):
+        cost.saw(500_000, 0.020 + 500_000 / 6e6)
+    assert cost.request_s > 0.015 and cost.bytes_per_s < 40e6
+
+
+def files(*sizes: int) -> BlockTable:
+    """Files one behind the other, with a header each in the tar."""
+    builder, at = BlockTableBuilder(), 0
+    for size in sizes:
+        address, at = builder.place(size), at + 512
+        for start in range(0, size, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, size - start)
+            builder.add(address + start, at + start, length, bytes(32))
+        at += -(-size // 512) * 512
+    return BlockTable(builder.finish(at + 1024))
+
+
+def test_a_file_is_a_run_of_full_blocks_and_its_end() -> None:
+    table = files(100, 3 * BLOCK_BYTES + 5, 4096, 40 << 20)
+    assert [file_of(table, block) for block in (0, 1, 3, 4, 5)] == [
+        range(0, 1), range(1, 5), range(1, 5), range(1, 5), range(5, 6)
+    ]  # fmt: skip
+    large = file_of(table, table.count - 1)
+    assert (len(large) - 1) * BLOCK_BYTES >= WHOLE_FILE_BYTES and large.stop == table.count
+
+
+def test_around_a_miss_lie_the_rest_of_a_small_file_and_what_a_request_s_time_brings() -> None:
+    table = files(100, 3 * BLOCK_BYTES + 5, 40 << 20, 4096)
+    whole_file = nearby(table, range(2, 3), 1000, 0)
+    assert whole_file == range(table.tar_offsets[1], table.tar_offsets[4] + 5)
+    inside_large = nearby(table, range(20, 22), 1_000_000, 0)
+    end = table.tar_offsets[21] + BLOCK_BYTES
+    assert inside_large == range(table.tar_offsets[20], end + 500_000)
+    demands = (0, 8 << 20, 16 << 20, 1 << 40)
+    more = [nearby(table, range(20, 22), 1_000_000, demanded).stop - end for demanded in demands]
+    assert more == [500_000, 1_500_000, 2_500_000, 3_000_000]
+    last = table.count - 1
+    assert nearby(table, range(last, last + 1), 500_000, 0).stop == table.tar_bytes
+
+
+@given(tables(), st.data())
+def test_what_goes_along_lies_behind_and_fits(spans: SpanTable, data: st.DataObject) -> None:
+    number = st.integers(0, len(spans) - 1)
+    behind, begun = data.draw(st.sets(number)), data.draw(st.sets(number))
+    first = data.draw(number)
+    most_bytes = data.draw(st.integers(0, 2 * REQUEST_BYTES))
+    run = longer_run(range(first, first + 1), behind, spans, begun, most_bytes)
+    assert run[0] == first and set(run[1:]) <= behind - begun
+    assert spans[run[-1]].blob_end - spans[first].blob_end <= most_bytes
 
 
 def demand(readahead: Readahead, start: int, end: int) -> int:

@@ -20,6 +20,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import WindowGroups
 from lazyfs.core.index.windows import WindowGroup
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
+from lazyfs.core.layer.plan import Cost
 from lazyfs.core.layer.spans import Compression, Point, SpanTable, encode_points
 from lazyfs.core.oci.digests import Digest
 from lazyfs.decoding.layers import layer_inflater
@@ -31,7 +32,7 @@ from lazyfs.serving.fetcher import LayerFetcher
 from lazyfs.serving.spansource import SpanSource
 from lazyfs.serving.windows import Windows
 from lazyfs.sources.source import Source
-from lazyfs.sources.transfer import TransferCounters
+from lazyfs.sources.transfer import Take, TransferCounters
 from tests.cache.cachelayers import make_layer
 
 SIZES = [
@@ -103,13 +104,18 @@ class FakeSource:
     ranges: list[tuple[int, int]] = field(default_factory=list)
     counters: TransferCounters = field(default_factory=TransferCounters)
 
-    async def blob_range(self, digest: str, start: int, end: int) -> bytes:
+    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
         await trio.lowlevel.checkpoint()
         if digest == "windows":
             return self.stored.windows[start:end]
         self.ranges.append((start, end))
         answer = self.stored.blob[start:end]
-        return await self.faults.pop(0)(answer) if self.faults else answer
+        if self.faults:
+            answer = await self.faults.pop(0)(answer)
+        if take is None:
+            return answer
+        await take(answer)
+        return b""
 
 
 async def flip(answer: bytes) -> bytes:
@@ -134,12 +140,25 @@ async def fine(answer: bytes) -> bytes:
     return answer
 
 
+class FixedCost(Cost):
+    """Always says that so much is worth a request: nothing, so that a test can say what is fetched."""
+
+    def __init__(self, worth_bytes: int = 0) -> None:
+        super().__init__()
+        self._worth_bytes = worth_bytes
+
+    @property
+    def worth_bytes(self) -> int:
+        return self._worth_bytes
+
+
 @dataclass
 class Rig:
     """A data device, and the source it was given first."""
 
     handle: DataDevice
     nursery: trio.Nursery
+    cost: Cost
     dispatchers: list[Dispatcher] = field(default_factory=list)
     sources: list[SpanSource] = field(default_factory=list)
 
@@ -155,7 +174,7 @@ class Rig:
         directory = os.path.join(self.handle.layer.path, str(len(self.sources)))
         os.mkdir(directory)
         windows = Windows(kept.groups, WindowGroups(directory), (cast(Source, source), "windows"))
-        blob = Blob(cast(Source, source), Digest(digest), spans or kept.spans, windows, timeout_s)
+        blob = Blob(cast(Source, source), Digest(digest), spans or kept.spans, windows, timeout_s, self.cost)
         self.sources.append(SpanSource(blob, fetcher.fragments, trio.CapacityLimiter(2), fetcher.sources))
         self.dispatchers.append(Dispatcher(self.nursery))
         fetcher.add(self.sources[-1], self.dispatchers[-1])
@@ -192,14 +211,14 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    kind: str, *faults: Fault, timeout_s: float = 30.0, spans: SpanTable | None = None
+    kind: str, *faults: Fault, timeout_s: float = 30.0, spans: SpanTable | None = None, cost: Cost | None = None
 ) -> AsyncIterator[Rig]:
     """A handle on the layer in an empty cache, its source answering with `faults` first. `spans`: the source's, if not
-    those it was stored with."""
+    those it was stored with. `cost`: for tests of what is fetched ahead."""
     with tempfile.TemporaryDirectory(prefix="fetch-") as directory:
         layer = CacheDirectory(directory).create_layer(LAYER.content_root, LAYER.table)
         async with trio.open_nursery() as nursery:
-            it = Rig(DataDevice(layer, LayerFetcher(layer)), nursery)
+            it = Rig(DataDevice(layer, LayerFetcher(layer)), nursery, cost or FixedCost())
             it.add(FakeSource(stored(kind), list(faults)), spans=spans, timeout_s=timeout_s)
             it.handle.promise("image", timeout_s)
             yield it

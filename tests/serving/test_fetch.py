@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lazyfs.cache.images import WindowGroups
 from lazyfs.core.index.windows import WindowGroup, pack_windows
-from lazyfs.core.layer.plan import spans_for_block
+from lazyfs.core.layer.plan import Cost, spans_for_block
 from lazyfs.core.layer.spans import Compression, SpanTable, encode_points
 from lazyfs.decoding.span import SpanDecoder
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
@@ -215,18 +215,20 @@ async def test_damaged_windows_in_the_cache_are_fetched_again(tmp_path: Path) ->
     if not kept.groups:
         raise AssertionError("the layer needs windows for this test")
     windows = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
-    first = await windows.get(0)
+    first = await windows.get(0, Cost())
     (tmp_path / "0").write_bytes(b"rotten")
     fresh = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
-    assert await fresh.get(0) == first
-    assert await Windows(kept.groups, WindowGroups(str(tmp_path)), None).get(0) == first  # it was put right on disk
+    assert await fresh.get(0, Cost()) == first
+    # It was put right on disk.
+    assert await Windows(kept.groups, WindowGroups(str(tmp_path)), None).get(0, Cost()) == first
     (forged,) = pack_windows([b"another"])
     (tmp_path / "0").write_bytes(forged.ljust(kept.groups[0].length, b"\0"))
-    assert await Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows")).get(0) == first
+    again = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
+    assert await again.get(0, Cost()) == first
     with pytest.raises(ImageError):
-        await fresh.get(10_000)
+        await fresh.get(10_000, Cost())
     with pytest.raises(ImageError):
-        await Windows(kept.groups, WindowGroups(str(tmp_path / "none")), None).get(0)
+        await Windows(kept.groups, WindowGroups(str(tmp_path / "none")), None).get(0, Cost())
 
 
 async def test_windows_of_another_registry_are_not_used(tmp_path: Path) -> None:
@@ -237,10 +239,10 @@ async def test_windows_of_another_registry_are_not_used(tmp_path: Path) -> None:
     remote = (cast(Source, lying), "windows")
     asked = WindowGroup(0, len(forged), stored("gzip").groups[0].sha256)
     with pytest.raises(ImageError, match="digest"):
-        await Windows((asked,), WindowGroups(str(tmp_path)), remote).get(0)
+        await Windows((asked,), WindowGroups(str(tmp_path)), remote).get(0, Cost())
     assert not os.listdir(tmp_path)
     unsaid = asked._replace(sha256="")  # as in version 1
-    assert (await Windows((unsaid,), WindowGroups(str(tmp_path)), remote).get(0)).endswith(b"another")
+    assert (await Windows((unsaid,), WindowGroups(str(tmp_path)), remote).get(0, Cost())).endswith(b"another")
 
 
 

@@ -11,10 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from lazyfs.core.layer.plan import REQUEST_BYTES, slack_bytes, spans_for_block
+from lazyfs.core.layer.plan import REQUEST_BYTES, nearby, spans_for_block
 from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, Span, SpanTable, encode_points
 from lazyfs.errors import ImageError, RemoteError
-from tests.serving.rig import KINDS, LAYER, FakeSource, Rig, Stored, fine, refuse, rig, stored, tar
+from tests.serving.rig import KINDS, LAYER, FakeSource, FixedCost, Rig, Stored, fine, refuse, rig, stored, tar
 
 PARTED = ["plain", "gzip", "members"]  # spans that are fetched in part; zstd ones are whole frames
 
@@ -35,18 +35,12 @@ def end_of(it: Rig, block: int) -> int:
     return it.handle.layer.table.tar_offsets[block] + it.handle.layer.table.lengths[block]
 
 
-def fetched_to(it: Rig, block: int, *before: int) -> int:
-    """Up to where in the plain layer a read of a block fetches, after those `before`."""
-    lengths = it.handle.layer.table.lengths
-    return end_of(it, block) + slack_bytes(sum(lengths[one] for one in (block, *before)), 0)
-
-
 def far_apart(it: Rig, spans: SpanTable) -> tuple[Span, int, int]:
     """A span, and two blocks in it of which the second does not come with the first."""
     for number in range(len(spans)):
         inside = blocks_inside(it, spans[number])
         for one, other in pairwise(inside):
-            stop = spans.blob_end_for(spans[number], fetched_to(it, one))
+            stop = spans.blob_end_for(spans[number], end_of(it, one))
             if stop < spans.blob_end_for(spans[number], end_of(it, other)):
                 return spans[number], one, other
     raise AssertionError("the layer has no such span")
@@ -67,49 +61,12 @@ async def test_a_span_is_fetched_as_far_as_it_is_wanted_and_then_gone_on_with(ki
         spans = stored(kind).spans
         span, one, other = far_apart(it, spans)
         await it.read(*it.blocks(one))
-        end = spans.blob_end_for(span, fetched_to(it, one))
+        end = spans.blob_end_for(span, end_of(it, one))
         assert it.source.ranges == [(span.blob_start, end)] and end < span.blob_end
         assert not it.handle.layer.has(other)
         await it.read(*it.blocks(other))
-        further = spans.blob_end_for(span, fetched_to(it, other, one))
+        further = spans.blob_end_for(span, end_of(it, other))
         assert it.source.ranges[1:] == [(end, further)]
-
-
-async def test_who_has_read_much_gets_more_at_once() -> None:
-    """The slack grows with the demand: of two like reads, the later one brings more."""
-    async with rig("gzip") as it:
-        spans = stored("gzip").spans
-        span, one, other = far_apart(it, spans)
-        for _ in range(2):
-            it.source.faults += [refuse] * len(spans)
-            with pytest.raises(RemoteError):
-                await it.read()
-            await it.landed()
-            it.source.faults.clear()
-        it.source.ranges.clear()
-        await it.read(*it.blocks(one))
-        demanded_bytes = 2 * sum(it.handle.layer.table.lengths) + it.handle.layer.table.lengths[one]
-        slack = slack_bytes(demanded_bytes, 0)
-        assert slack > slack_bytes(0, 0)
-        assert it.source.ranges == [(span.blob_start, spans.blob_end_for(span, end_of(it, one) + slack))]
-        assert it.handle.layer.has(other)
-
-
-async def test_from_far_away_more_comes_at_once() -> None:
-    """What the first request took tells how far."""
-    async with rig("gzip") as it:
-        spans = stored("gzip").spans
-        span, one, other = far_apart(it, spans)
-        elsewhere = next(number for number in range(len(spans)) if abs(number - span.number) > 1)
-
-        async def late(answer: bytes) -> bytes:
-            await trio.sleep(0.05)
-            return answer
-
-        it.source.faults.append(late)
-        await it.read(*it.blocks(blocks_inside(it, spans[elsewhere])[0]))
-        await it.read(*it.blocks(one))
-        assert it.handle.layer.has(other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,15 +117,16 @@ async def test_many_readers_at_once_fetch_no_byte_twice(kind: str, seed: int) ->
 
 async def test_what_straddles_the_place_where_a_span_was_left_is_completed() -> None:
     """The part of a block that came is kept, and is not taken for all that the span has of it."""
-    async with rig("plain") as it:
+    async with rig("plain", cost=FixedCost(4096)) as it:
         spans, table = stored("plain").spans, it.handle.layer.table
         block = next(
             block
             for block in range(1, table.count)
+            for fetched_to in [nearby(table, range(block - 1, block), 4096, table.lengths[block - 1]).stop]
             if table.tar_offsets[block] // PLAIN_SPAN_BYTES == (end_of(it, block - 1) - 1) // PLAIN_SPAN_BYTES
-            and 0 < fetched_to(it, block - 1) - table.tar_offsets[block] < table.lengths[block]
+            and 0 < fetched_to - table.tar_offsets[block] < table.lengths[block]
             and len(spans_for_block(table, spans, block)) == 2
-            and fetched_to(it, block - 1) // PLAIN_SPAN_BYTES == table.tar_offsets[block] // PLAIN_SPAN_BYTES
+            and fetched_to // PLAIN_SPAN_BYTES == table.tar_offsets[block] // PLAIN_SPAN_BYTES
         )
         await it.read(*it.blocks(block - 1))
         assert not it.handle.layer.has(block)

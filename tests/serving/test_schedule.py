@@ -18,23 +18,29 @@ ERROR = RemoteError("the test says no")
 class Pieces(BlockSource):
     """A source of which a batch holds neighbours, `most` at most; none while it is `held`."""
 
+    worth_bytes = 0
+
     def __init__(self, most: int = 4) -> None:
         self.most = most
         self.held = False
 
-    def parts(self, block: int, demanded_bytes: int) -> Sequence[Part]:
+    def parts(self, block: int) -> Sequence[Part]:
         raise AssertionError("a schedule knows no blocks")
 
-    def ahead(self, start: int, end: int, upto: int) -> Sequence[Part]:
+    def ahead(self, start: int, end: int) -> Sequence[Part]:
         raise AssertionError("a schedule knows no blocks")
 
-    def batch(self, first: int, wanted: Mapping[int, Extent]) -> Batch | None:
+    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch | None:
         if self.held:
             return None
         end = first
         while end in wanted and end - first < self.most:
             end += 1
-        return Batch(self, range(first, end), Extent(wanted[first].start, wanted[end - 1].end))
+        last = wanted[end - 1]
+        while end in behind and end - first < self.most:
+            last = behind[end]
+            end += 1
+        return Batch(self, range(first, end), Extent(wanted[first].start, last.end))
 
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         raise AssertionError("a schedule does nothing")
@@ -82,7 +88,7 @@ def test_a_read_overtakes_all_that_is_less_urgent() -> None:
     assert schedule.start() == []  # the last slot is for reads
 
 
-@pytest.mark.parametrize("rank", [Rank.PACK, Rank.FILL])
+@pytest.mark.parametrize("rank", [Rank.AHEAD, Rank.PACK, Rank.FILL])
 def test_a_slot_is_kept_for_reads(rank: Rank) -> None:
     schedule, source = Schedule[Ticket](), Pieces(1)
     for piece in range(SLOTS * 2):
@@ -110,6 +116,29 @@ def test_a_read_raises_what_is_queued_below_it() -> None:
     (batch,) = schedule.start()
     assert schedule.ended(batch, None) == [filler, reader]
     assert schedule.idle
+
+
+def test_guesses_go_behind_what_is_read_and_never_before_it() -> None:
+    schedule, source = Schedule[Ticket](), Pieces()
+    for piece in (4, 6, 7, 20):
+        assert schedule.want(source, part(piece), Rank.AHEAD)
+    want(schedule, source, 30, Rank.PACK)
+    want(schedule, source, 9)
+    want(schedule, source, 5)
+    assert pieces(schedule.start()) == [[9], [5, 6, 7], [4], [20], [30]]
+    assert not schedule.want(source, Part(8, None), Rank.AHEAD)
+
+
+def test_a_read_that_comes_later_overtakes_all_guesses_but_those_that_are_under_way() -> None:
+    schedule, source = Schedule[Ticket](), Pieces(1)
+    for piece in range(SLOTS * 2):
+        schedule.want(source, part(piece), Rank.AHEAD)
+    under_way = schedule.start()
+    assert len(under_way) == SLOTS - READ_SLOTS
+    reader = want(schedule, source, SLOTS * 2 - 1)  # it was guessed, but last
+    (batch,) = schedule.start()
+    assert pieces([batch]) == [[SLOTS * 2 - 1]]
+    assert schedule.ended(batch, None) == [reader]
 
 
 def test_a_fill_does_not_lower_what_a_read_wants() -> None:

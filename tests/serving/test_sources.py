@@ -19,6 +19,8 @@ from tests.serving.rig import LAYER, Rig, rig
 class Stream(BlockSource):
     """Blocks in an order of its own, all in one act. Gives one each time `go_on` is called."""
 
+    worth_bytes = 0
+
     def __init__(self, it: Rig, order: list[int]) -> None:
         self._it = it
         self._left = order
@@ -29,13 +31,13 @@ class Stream(BlockSource):
         for _ in range(blocks):
             self._steps.release()
 
-    def parts(self, block: int, demanded_bytes: int) -> Sequence[Part] | None:
+    def parts(self, block: int) -> Sequence[Part] | None:
         return [Part(0, Extent(0, 0))] if block in self._left else None
 
-    def ahead(self, start: int, end: int, upto: int) -> Sequence[Part]:
+    def ahead(self, start: int, end: int) -> Sequence[Part]:
         return ()
 
-    def batch(self, first: int, wanted: Mapping[int, Extent]) -> Batch:
+    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
         return Batch(self, [0], wanted[0])
 
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
@@ -52,18 +54,20 @@ class Stream(BlockSource):
 class Neighbour(BlockSource):
     """Whole blocks that somebody else has; some are rotten."""
 
+    worth_bytes = 0
+
     def __init__(self, it: Rig, blocks: set[int], rotten: set[int]) -> None:
         self._it = it
         self._blocks = blocks
         self._rotten = rotten
 
-    def parts(self, block: int, demanded_bytes: int) -> Sequence[Part] | None:
+    def parts(self, block: int) -> Sequence[Part] | None:
         return [Part(block, Extent(0, 0))] if block in self._blocks else None
 
-    def ahead(self, start: int, end: int, upto: int) -> Sequence[Part]:
+    def ahead(self, start: int, end: int) -> Sequence[Part]:
         return ()
 
-    def batch(self, first: int, wanted: Mapping[int, Extent]) -> Batch:
+    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
         return Batch(self, list(wanted), wanted[first])
 
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:

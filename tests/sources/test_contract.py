@@ -117,6 +117,12 @@ async def test_ranges_are_exact(place: Place, start: int, end: int) -> None:
     await store(place)
     async with opened(place.reference) as source:
         assert await source.blob_range(DIGEST, start, end) == BLOB[start:end]
+        taken = bytearray()
+
+        async def take(piece: bytes) -> None:
+            taken.extend(piece)
+
+        assert await source.blob_range(DIGEST, start, end, take) == b"" and taken == BLOB[start:end]
 
 
 async def test_bounds_of_ranges(place: Place) -> None:

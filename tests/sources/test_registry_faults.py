@@ -56,6 +56,22 @@ async def test_transient_faults(proxy: FaultProxy, rule: Rule) -> None:
         assert proxy.count("GET", BLOBS) == rule.hits + 1
 
 
+@pytest.mark.parametrize("rule", TRANSIENT, ids=lambda rule: f"{rule.fault}-{rule.status}-{rule.after_bytes}")
+async def test_what_is_taken_as_it_comes_comes_once(proxy: FaultProxy, rule: Rule) -> None:
+    """Over any number of attempts, each byte is given once, in order; nothing is returned."""
+    rule.path, rule.hits = BLOBS, 0
+    taken = bytearray()
+
+    async def take(piece: bytes) -> None:
+        assert piece
+        taken.extend(piece)
+
+    async with open_registry(proxy.host) as registry:
+        proxy.rules = [rule]
+        assert await registry.blob_range(DIGEST, 1000, 200_000, take) == b""
+        assert bytes(taken) == BLOB[1000:200_000] and rule.hits == rule.times
+
+
 @pytest.mark.parametrize("rule", [Rule("status", status=503), Rule("reset"), Rule("truncate", after_bytes=9)])
 async def test_lasting_faults(proxy: FaultProxy, rule: Rule) -> None:
     """After five tries: who, what, how often, and what to do."""

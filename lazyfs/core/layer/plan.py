@@ -4,34 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from lazyfs.core.layer.blocks import BlockTable
+from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.layer.spans import SpanTable
 
 # The largest single range request: throughput stops rising at 1 MiB (loopback), and a larger one only delays the
 # first block and loses more when it breaks.
 REQUEST_BYTES = 4 << 20
-# How far beyond what is wanted a span is fetched, in plain bytes: at first, and at most. What is near is read soon: 4
-# KiB save a seventh of a python start's requests for a hundredth more of the image.
-MIN_SLACK_BYTES = 4 << 10
-MAX_SLACK_BYTES = 1 << 20
-# It grows once so much of a layer was demanded, by this share of what was demanded beyond that: heavy readers keep
-# reading. A golang start needs a sixth fewer requests so, and smaller starts fetch no byte more.
-_SMALL_START_BYTES = 12 << 20
-_SLACK_SHARE = 8
-# Where a request takes long whatever it brings, more is fetched from the beginning. A registry near by answers within
-# the first, on a slow machine, too; behind that, so much for each second: over WAN, starts are 15 to 19 % shorter.
-_NEAR_S = 0.010
-_FAR_BYTES_PER_S = 64 << 20
+# What is guessed around a block that was missing: as much as takes half as long as a request, and once longer with each
+# further 8 MiB that were missing when they were read, since who has read much reads on; but never longer than that.
+_FIRST_TIMES, MAX_TIMES = 0.5, 3
+_TIMES_BYTES = 8 << 20
+# A file of up to so many bytes is fetched as a whole when some of it is read.
+WHOLE_FILE_BYTES = 8 << 20
 
 
-def slack_bytes(demanded_bytes: int, request_s: float) -> int:
-    """How far beyond what is wanted to fetch a span, when so much of its layer was missing when it was read, and its
-    quickest request took `request_s`: who has read much reads on, nearby too, and waits for each request; of who reads
-    little each byte counts.
+class Cost:
+    """What a request to one source costs: some time whatever it brings, and some for each byte, on the wire or for
+    decoding, which goes on meanwhile. Estimated from what requests took."""
+
+    # What is worth fetching along while nothing was seen, and the least and most: a delay that was measured under load
+    # must not lead to fetching whole layers.
+    _UNKNOWN_BYTES, _MIN_BYTES, _MAX_BYTES = 256 << 10, 64 << 10, 1 << 20
+    _LARGE_BYTES = 64 << 10  # smaller requests tell nothing about throughput
+
+    def __init__(self) -> None:
+        self.request_s = 0.0  # of a request that brings little; 0: nothing was seen yet
+        self.bytes_per_s = 0.0  # 0: nothing large was seen yet
+
+    def saw(self, size_bytes: int, took_s: float) -> None:
+        """A request brought so much, and took so long. Others share the wire: the quickest ones count, the last ones
+        more than earlier ones."""
+        self.request_s = min(self.request_s * 1.01 or took_s, took_s)
+        if size_bytes >= self._LARGE_BYTES:
+            rate = size_bytes / max(took_s - self.request_s, took_s / 4, 1e-4)
+            self.bytes_per_s = max(rate, self.bytes_per_s * 0.95)
+
+    @property
+    def worth_bytes(self) -> int:
+        """So many bytes, as they are stored, take about as long as the request that brings them."""
+        if not self.bytes_per_s:
+            return self._UNKNOWN_BYTES
+        return min(self._MAX_BYTES, max(self._MIN_BYTES, int(self.request_s * self.bytes_per_s)))
+
+
+def nearby(table: BlockTable, blocks: range, worth_bytes: int, demanded_bytes: int) -> range:
+    """Which plain bytes of a layer are worth fetching when `blocks` are missing: the rest of a small file, and what
+    follows. `worth_bytes`: so many plain bytes take as long as a request. `demanded_bytes`: how much of the layer was
+    missing when it was read so far.
     """
-    much = (demanded_bytes - _SMALL_START_BYTES) // _SLACK_SHARE
-    far = int((request_s - _NEAR_S) * _FAR_BYTES_PER_S)
-    return min(MAX_SLACK_BYTES, max(MIN_SLACK_BYTES, much, far))
+    start, end = _extent(table, blocks)
+    times = min(MAX_TIMES, _FIRST_TIMES + demanded_bytes / _TIMES_BYTES)
+    upto = end + int(worth_bytes * times)
+    for block in {blocks[0], blocks[-1]}:
+        file_start, file_end = _extent(table, file_of(table, block))
+        if file_end - file_start <= WHOLE_FILE_BYTES:
+            start, upto = min(start, file_start), max(upto, file_end)
+    return range(start, min(upto, table.tar_bytes))
+
+
+def _extent(table: BlockTable, blocks: range) -> tuple[int, int]:
+    """Where blocks lie in the plain layer."""
+    return table.tar_offsets[blocks[0]], table.tar_offsets[blocks[-1]] + table.lengths[blocks[-1]]
+
+
+def file_of(table: BlockTable, block: int) -> range:
+    """The blocks of the file, or of the stretch of a sparse one, that has block number `block`, as far as the table
+    tells: all blocks of a file but the last are full, and lie one behind the other. Of a file larger than
+    WHOLE_FILE_BYTES a part that is larger than that, too."""
+    first, last, most = block, block, WHOLE_FILE_BYTES // BLOCK_BYTES
+    while first and block - first <= most and _joined(table, first - 1):
+        first -= 1
+    while last + 1 < table.count and last - block <= most and _joined(table, last):
+        last += 1
+    return range(first, last + 1)
+
+
+def _joined(table: BlockTable, block: int) -> bool:
+    """Whether the next block may go on with the same file."""
+    end = table.addresses[block] + BLOCK_BYTES
+    return table.lengths[block] == BLOCK_BYTES and end == table.addresses[block + 1]
 
 
 def spans_for_block(table: BlockTable, spans: SpanTable, block: int) -> range:
@@ -57,6 +108,14 @@ def next_run(wanted: Set[int], spans: SpanTable, first: int, begun: Set[int]) ->
         low -= 1
         start = spans[low].blob_start
     return range(low, high)
+
+
+def longer_run(run: range, behind: Set[int], spans: SpanTable, begun: Set[int], most_bytes: int) -> range:
+    """The run with those spans of `behind` that follow it, `most_bytes` of the blob at most."""
+    end, high = spans[run[-1]].blob_end + most_bytes, run.stop
+    while high in behind and high not in begun and spans[high].blob_end <= end:
+        high += 1
+    return range(run.start, high)
 
 
 # Fetched ahead at most, in plain bytes: what four requests in flight bring.
@@ -96,3 +155,4 @@ class Readahead:
             self._ahead_end = self._end + distance
             return self._ahead_end
         return end
+
