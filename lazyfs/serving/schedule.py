@@ -19,6 +19,8 @@ from lazyfs.serving.sources import Batch, BlockSource, Extent, Part
 SLOTS = 6
 # Of which only readers take the last ones, so that a read never waits for the end of something less urgent.
 READ_SLOTS = 1
+# A guess begins only while fewer batches are in flight: on a slow link all that are share it with the next read.
+AHEAD_SLOTS = 3
 
 
 class Rank(enum.IntEnum):
@@ -61,7 +63,8 @@ class Schedule(Generic[T]):
     """Owned by one dispatcher. What holds between two calls:
 
     - a piece is queued at one rank, or in flight, or neither;
-    - at most `slots` batches are in flight; a batch below READ started while READ_SLOTS more were free;
+    - at most `slots` batches are in flight; a batch below READ started while READ_SLOTS more were free, one of guesses
+      while fewer than AHEAD_SLOTS were in flight;
     - a ticket waits for a piece only while that is queued or in flight.
     """
 
@@ -116,6 +119,8 @@ class Schedule(Generic[T]):
         batches: list[Batch] = []
         for rank in Rank:
             slots = self._slots if rank is Rank.READ else self._slots - READ_SLOTS
+            if rank is Rank.AHEAD:
+                slots = min(slots, AHEAD_SLOTS)
             queue = self._queues[rank]
             turns = deque(queue)
             while turns and self._going < slots:

@@ -69,8 +69,9 @@ def test_a_block_lies_in_one_span_or_straddles_two() -> None:
         (0.021, 24e6, 400e3, 650e3),  # WAN: as much as the link holds
         (0.002, 117e6, 150e3, 300e3),  # LAN
         (0.041, 6e6, 200e3, 320e3),  # home
-        (0.0001, 1e9, 64 << 10, 120e3),  # next door: never less than that
-        (5.0, 100e6, 1 << 20, 1 << 20),  # never more, however slow
+        (0.0001, 1e9, 16 << 10, 120e3),  # next door
+        (0.1, 20e3, 16 << 10, 16 << 10),  # never less, however slow a byte is
+        (5.0, 100e6, 1 << 20, 1 << 20),  # never more, however slow a request is
     ],
 )
 def test_as_much_is_worth_fetching_as_takes_as_long_as_a_request(
@@ -127,8 +128,10 @@ def test_a_file_is_a_run_of_full_blocks_and_its_end() -> None:
 
 def test_around_a_miss_lie_the_rest_of_a_small_file_and_what_a_request_s_time_brings() -> None:
     table = files(100, 3 * BLOCK_BYTES + 5, 40 << 20, 4096)
-    whole_file = nearby(table, range(2, 3), 1000, 0)
+    whole_file = nearby(table, range(2, 3), 200_000, 0)
     assert whole_file == range(table.tar_offsets[1], table.tar_offsets[4] + 5)
+    on_a_slow_link = nearby(table, range(2, 3), 1000, 0)
+    assert on_a_slow_link == range(table.tar_offsets[2], table.tar_offsets[3] + 500)
     inside_large = nearby(table, range(20, 22), 1_000_000, 0)
     end = table.tar_offsets[21] + BLOCK_BYTES
     assert inside_large == range(table.tar_offsets[20], end + 500_000)

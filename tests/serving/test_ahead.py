@@ -85,7 +85,7 @@ async def test_reading_block_by_block_takes_few_requests() -> None:
 
 
 async def test_a_small_file_comes_whole() -> None:
-    async with rig("gzip", cost=FixedCost(1)) as it:
+    async with rig("gzip", cost=FixedCost(100_000)) as it:
         table = it.handle.layer.table
         first = next(block for block in range(table.count) if sum(table.lengths[block : block + 3]) > 600_000)
         await it.read(*it.blocks(first + 1))

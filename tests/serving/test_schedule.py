@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lazyfs.errors import LazyfsError, RemoteError
-from lazyfs.serving.schedule import READ_SLOTS, SLOTS, Rank, Schedule, Ticket
+from lazyfs.serving.schedule import AHEAD_SLOTS, READ_SLOTS, SLOTS, Rank, Schedule, Ticket
 from lazyfs.serving.sources import Batch, BlockSource, Extent, Part
 
 ERROR = RemoteError("the test says no")
@@ -93,7 +93,7 @@ def test_a_slot_is_kept_for_reads(rank: Rank) -> None:
     schedule, source = Schedule[Ticket](), Pieces(1)
     for piece in range(SLOTS * 2):
         want(schedule, source, piece, rank)
-    assert len(schedule.start()) == SLOTS - READ_SLOTS
+    assert len(schedule.start()) == (AHEAD_SLOTS if rank is Rank.AHEAD else SLOTS - READ_SLOTS)
     want(schedule, source, 100)
     assert pieces(schedule.start()) == [[100]]
 
@@ -125,7 +125,11 @@ def test_guesses_go_behind_what_is_read_and_never_before_it() -> None:
     want(schedule, source, 30, Rank.PACK)
     want(schedule, source, 9)
     want(schedule, source, 5)
-    assert pieces(schedule.start()) == [[9], [5, 6, 7], [4], [20], [30]]
+    started = schedule.start()
+    assert pieces(started) == [[9], [5, 6, 7], [4], [30]]
+    schedule.ended(started[0], None)
+    schedule.ended(started[1], None)
+    assert pieces(schedule.start()) == [[20]]
     assert not schedule.want(source, Part(8, None), Rank.AHEAD)
 
 
@@ -134,7 +138,7 @@ def test_a_read_that_comes_later_overtakes_all_guesses_but_those_that_are_under_
     for piece in range(SLOTS * 2):
         schedule.want(source, part(piece), Rank.AHEAD)
     under_way = schedule.start()
-    assert len(under_way) == SLOTS - READ_SLOTS
+    assert len(under_way) == AHEAD_SLOTS
     reader = want(schedule, source, SLOTS * 2 - 1)  # it was guessed, but last
     (batch,) = schedule.start()
     assert pieces([batch]) == [[SLOTS * 2 - 1]]

@@ -14,8 +14,10 @@ REQUEST_BYTES = 4 << 20
 # further 8 MiB that were missing when they were read, since who has read much reads on; but never longer than that.
 _FIRST_TIMES, MAX_TIMES = 0.5, 3
 _TIMES_BYTES = 8 << 20
-# A file of up to so many bytes is fetched as a whole when some of it is read.
+# A file of up to so many bytes is fetched as a whole when some of it is read, if that takes no more than so many times
+# as long as a request.
 WHOLE_FILE_BYTES = 8 << 20
+_WHOLE_FILE_TIMES = 8
 
 
 class Cost:
@@ -24,7 +26,7 @@ class Cost:
 
     # What is worth fetching along while nothing was seen, and the least and most: a delay that was measured under load
     # must not lead to fetching whole layers.
-    _UNKNOWN_BYTES, _MIN_BYTES, _MAX_BYTES = 256 << 10, 64 << 10, 1 << 20
+    _UNKNOWN_BYTES, _MIN_BYTES, _MAX_BYTES = 256 << 10, 16 << 10, 1 << 20
     _LARGE_BYTES = 64 << 10  # smaller requests tell nothing about throughput
 
     def __init__(self) -> None:
@@ -57,7 +59,7 @@ def nearby(table: BlockTable, blocks: range, worth_bytes: int, demanded_bytes: i
     upto = end + int(worth_bytes * times)
     for block in {blocks[0], blocks[-1]}:
         file_start, file_end = _extent(table, file_of(table, block))
-        if file_end - file_start <= WHOLE_FILE_BYTES:
+        if file_end - file_start <= min(WHOLE_FILE_BYTES, _WHOLE_FILE_TIMES * worth_bytes):
             start, upto = min(start, file_start), max(upto, file_end)
     return range(start, min(upto, table.tar_bytes))
 
