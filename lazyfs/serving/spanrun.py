@@ -22,7 +22,7 @@ MAX_CURSORS = 16
 MAX_FRAME_CURSORS = 2
 # So much of an answer is decoded at once, in a thread: first little, since somebody may wait for just that, then more.
 MIN_PIECE_BYTES = 32 << 10
-MAX_PIECE_BYTES = 512 << 10
+MAX_PIECE_BYTES = 256 << 10
 
 
 @dataclass(slots=True)
