@@ -44,9 +44,9 @@ class Build:
     registry_url: str
     directory: Path
 
-    def reference(self, name: str, host_name: str | None = None) -> str:
+    def reference(self, name: str, host_name: str | None = None, tag: str = image.TAG) -> str:
         own, _, path = self.base.partition("/")
-        return f"{host_name or own}/{path}/{name}:{image.TAG}"
+        return f"{host_name or own}/{path}/{name}:{tag}"
 
     def fresh(self, name: str) -> Path:
         return self.directory / f"{self.name}-{name}-{next(_serial)}"
@@ -165,21 +165,23 @@ def indexing(build: Build, backend: str) -> Sample:
     found["index of the image, whole command: s"] = whole_s
     found["index size: bytes"] = index_bytes(build.registry_url, build.reference("indexed"))
     cache = build.fresh("index")
-    # Of their own in each round: a registry takes nothing twice.
-    many, changed = (f"{name}-{next(_serial)}" for name in ("many", "changed"))
-    for name, layout in zip((many, changed), manyfiles.layouts(build.fresh("layouts")), strict=True):
-        push(layout, image.TAG, build.reference(name))
+    # A repository of its own in each round: a registry takes nothing twice.
+    many = f"many-{next(_serial)}"
+    for tag, layout in zip(("first", "changed"), manyfiles.layouts(build.fresh("layouts")), strict=True):
+        push(layout, image.TAG, build.reference(many, tag=tag))
     with build.proxy() as proxy:
-        command.index(build.reference(many, proxy.host), cache, program=build.program)
+        first, changed = (build.reference(many, proxy.host, tag) for tag in ("first", "changed"))
+        command.index(first, cache, program=build.program)
         proxy.requests.clear()
-        _, whole_s = command.index(build.reference(changed, proxy.host), cache, program=build.program)
+        _, whole_s = command.index(changed, cache, program=build.program)
         uploads = [one for one in proxy.requests if one.method in ("PUT", "PATCH", "POST")]
         found["index after a change of one file in 33,000, pushed: s"] = whole_s
         found["the same: bytes pushed"] = sum(int(one.headers.get("content-length", 0)) for one in uploads)
     with build.proxy() as proxy, build.cold(backend) as lazyfs, contextlib.ExitStack() as stack:
-        stack.enter_context(lazyfs.mounted(build.reference(many, proxy.host), build.fresh("root")))
+        first, changed = (build.reference(many, proxy.host, tag) for tag in ("first", "changed"))
+        stack.enter_context(lazyfs.mounted(first, build.fresh("root")))
         before_bytes = proxy.bytes_sent
-        stack.enter_context(lazyfs.mounted(build.reference(changed, proxy.host), build.fresh("root")))
+        stack.enter_context(lazyfs.mounted(changed, build.fresh("root")))
         found["mount of a second image on a cached base: bytes fetched"] = proxy.bytes_sent - before_bytes
     shutil.rmtree(cache)
     return found
