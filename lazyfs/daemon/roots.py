@@ -124,6 +124,7 @@ class Roots:
         self._runtime = runtime
         self._changed = changed
         self._roots: dict[str, Root] = {}
+        self.reported = False  # a target was reported since somebody looked whether it is there
         self._changing = trio.Lock()  # held while an image is being mounted or let go
 
     def __len__(self) -> int:
@@ -169,6 +170,7 @@ class Roots:
         root = self.of(target.image_dev or target.dev)
         self._uppers.hold(target.ephemeral_upper)
         root.targets.append(target)
+        self.reported = True
         self._changed()
 
     def drop_targets(self, root: Root, gone: list[Attached]) -> None:

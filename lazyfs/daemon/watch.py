@@ -48,7 +48,8 @@ class Watch:
             idle_since: float | None = trio.current_time()
             self._look_at_mounts()
             while not self._life.ending.is_set():
-                if changes.poll(0):
+                # A target may be gone before it is reported: then nothing of mountinfo changes any more.
+                if changes.poll(0) or self._roots.reported:
                     self._look_at_mounts()
                 await self._let_go_of_idle()
                 for root in self._roots:
@@ -61,6 +62,7 @@ class Watch:
                 await trio.sleep(_TICK_S)
 
     def _look_at_mounts(self) -> None:
+        self._roots.reported = False
         seen: dict[tuple[int, int], list[MountEntry]] = {}
         for entry in mounts():
             seen.setdefault(entry.dev, []).append(entry)
