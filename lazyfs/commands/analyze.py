@@ -171,7 +171,7 @@ def _end_daemon(cache_path: str) -> None:
     """Ends the processes of the cache, after the container. They work in the cache until they have ended."""
     runtime = rundir.runtime_directory(cache_path)
     socket_path = rundir.control_socket(runtime)
-    process_fds = [*filter(None, map(_process_at, (socket_path, *rundir.fuse_sockets(runtime))))]
+    process_fds = _processes_of(cache_path)
     with contextlib.suppress(LazyfsError):
         client.ask_once(socket_path, {"op": "stop"}, _DAEMON_END_S)
     deadline_s = time.monotonic() + _DAEMON_END_S
@@ -181,13 +181,17 @@ def _end_daemon(cache_path: str) -> None:
     shutil.rmtree(runtime, ignore_errors=True)
 
 
-def _process_at(socket_path: str) -> int | None:
-    """A descriptor of the process that listens there, readable when it has ended; None if there is none."""
-    try:
-        with client.Connection.open(socket_path) as connection:
-            return os.pidfd_open(connection.peer_pid())
-    except (LazyfsError, OSError):
-        return None
+def _processes_of(cache_path: str) -> list[int]:
+    """Descriptors of the processes that were started for a cache, each readable when it has ended. Found by their
+    command lines, because one that is ending no longer listens."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+            if os.fsencode(cache_path) in words and any(word.startswith(b"lazyfs.") for word in words):
+                found.append(os.pidfd_open(int(pid)))
+    return found
 
 
 @contextlib.contextmanager
