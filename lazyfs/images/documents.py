@@ -301,35 +301,26 @@ def _numbers(index: ImageIndex | v1.IndexV1, namespace: Metadata, all_layers: bo
 async def _image_index(source: Source, digest: str) -> Descriptor:
     """The blob that is the image's index of an artifact. Further layers than the first are the indexes of layers, and
     what later versions add. Raises ImageError, RemoteError, NotFound."""
-    raw, media_type = await source.manifest(digest)
-    artifact = parse_manifest(raw, media_type)
-    if (
-        not isinstance(artifact, Manifest)
-        or not artifact.layers
-        or artifact.layers[0].media_type != imageindex.IMAGE_MEDIA_TYPE
-    ):
-        raise ImageError("it is no index of a version that lazyfs knows")
-    first = artifact.layers[0]
-    if first.size_bytes > imageindex.MAX_IMAGE_INDEX_BYTES:
-        raise ImageError(f"it is larger than {imageindex.MAX_IMAGE_INDEX_BYTES >> 20} MiB")
-    return first
+    blobs = await _blobs(source, digest, imageindex.IMAGE_MEDIA_TYPE, imageindex.MAX_IMAGE_INDEX_BYTES)
+    return blobs[0]
 
 
 async def _v1_index(source: Source, digest: str) -> tuple[bytes, str]:
     """The index blob of an artifact of version 1, and the digest of its windows blob. As _image_index."""
-    raw, media_type = await source.manifest(digest)
-    artifact = parse_manifest(raw, media_type)
-    if (
-        not isinstance(artifact, Manifest)
-        or not artifact.layers
-        or artifact.layers[0].media_type != v1.INDEX_MEDIA_TYPE
-    ):
-        raise ImageError("it is no index of a version that lazyfs knows")
-    tables = artifact.layers[0]
-    if tables.size_bytes > v1.MAX_INDEX_BYTES:
-        raise ImageError(f"it is larger than {v1.MAX_INDEX_BYTES >> 20} MiB")
-    windows = [one.digest for one in artifact.layers[1:] if one.media_type == v1.WINDOWS_MEDIA_TYPE]
+    tables, *others = await _blobs(source, digest, v1.INDEX_MEDIA_TYPE, v1.MAX_INDEX_BYTES)
+    windows = [one.digest for one in others if one.media_type == v1.WINDOWS_MEDIA_TYPE]
     return await source.blob(tables.digest, tables.size_bytes), windows[0] if windows else ""
+
+
+async def _blobs(source: Source, digest: str, media_type: str, most_bytes: int) -> tuple[Descriptor, ...]:
+    """What an artifact consists of, whose first blob must be of this type and size."""
+    raw, declared = await source.manifest(digest)
+    artifact = parse_manifest(raw, declared)
+    if not isinstance(artifact, Manifest) or not artifact.layers or artifact.layers[0].media_type != media_type:
+        raise ImageError("it is no index of a version that lazyfs knows")
+    if artifact.layers[0].size_bytes > most_bytes:
+        raise ImageError(f"it is larger than {most_bytes >> 20} MiB")
+    return artifact.layers
 
 
 async def _referrers(source: Source, manifest_digest: str, artifact_type: str) -> list[Descriptor]:
