@@ -78,9 +78,8 @@ class CachedLayer:
         try:
             self.table = _open_table(path, self.content_root)
             data_fd = os.open(os.path.join(path, DATA), os.O_RDWR | os.O_CLOEXEC)
-            if os.fstat(data_fd).st_size != self.table.device_bytes:
-                os.ftruncate(data_fd, self.table.device_bytes)
             marks = _open_marks(path, self.table.count)
+            _restore_size(data_fd, self.table, marks)
         except BaseException as error:
             os.close(lock_fd)
             if data_fd >= 0:
@@ -124,14 +123,17 @@ class CachedLayer:
         """
         held = self._open()
         blocks = self.table.overlapping(address, size_bytes)
-        checked = self._checked.find(0, blocks.start, blocks.stop) < 0
-        if not checked and 0 in held.marks[blocks.start : blocks.stop]:
+        if 0 in held.marks[blocks.start : blocks.stop]:
             return None
         size_bytes = max(0, min(size_bytes, self.table.device_bytes - address))
         data = _pread_buffered(held.data_fd, size_bytes, address)
         if len(data) != size_bytes:
-            return self._cut_off(held, blocks, size_bytes)
-        if not checked:
+            self._cut_off(held)
+            return None if blocks else memoryview(bytes(size_bytes))
+        # Again: another thread may have given a data file that was cut off its size back, and so zeros for data.
+        if 0 in held.marks[blocks.start : blocks.stop]:
+            return None
+        if self._checked.find(0, blocks.start, blocks.stop) >= 0:
             for block in blocks:
                 if not self._checked[block]:
                     if not self._check(held, block, data, address):
@@ -173,14 +175,10 @@ class CachedLayer:
                 repaired = True
         return repaired
 
-    def _cut_off(self, held: _Held, blocks: range, size_bytes: int) -> memoryview | None:
-        """Repairs a data file that somebody truncated: it gets its size back, and `blocks` become absent."""
-        for block in blocks:
-            held.marks[block] = 0
-            self._checked[block] = 0
-        if os.fstat(held.data_fd).st_size < self.table.device_bytes:
-            os.ftruncate(held.data_fd, self.table.device_bytes)
-        return None if blocks else memoryview(bytes(size_bytes))
+    def _cut_off(self, held: _Held) -> None:
+        """Repairs a data file that somebody cut off: it gets its size back, and all that was cut off becomes absent."""
+        self._checked = bytearray(self.table.count)
+        _restore_size(held.data_fd, self.table, held.marks)
 
     def has(self, block: int) -> bool:
         """Whether the block is marked present. Its data may be unchecked."""
@@ -198,6 +196,8 @@ class CachedLayer:
         held = self._open()
         if hashlib.sha256(data).digest() != self.table.digest(block):
             return False
+        if os.fstat(held.data_fd).st_size != self.table.device_bytes:
+            self._cut_off(held)  # or this write would fill with zeros what was cut off before it
         write_block(held.data_fd, data, self.table.addresses[block])
         held.marks[block] = _mark(data)
         return True
@@ -363,6 +363,15 @@ def _open_marks(path: str, count: int) -> memoryview:
         return memoryview(mmap.mmap(fd, max(8, 8 * count))).cast("Q")
     finally:
         os.close(fd)
+
+
+def _restore_size(data_fd: int, table: BlockTable, marks: memoryview) -> None:
+    """Gives a data file of a wrong size its size back. First marks absent what it had lost, in all processes."""
+    left_bytes = os.fstat(data_fd).st_size
+    if left_bytes != table.device_bytes:
+        for block in table.overlapping(left_bytes, table.device_bytes):
+            marks[block] = 0
+        os.ftruncate(data_fd, table.device_bytes)
 
 
 def allocate(fd: int, size_bytes: int) -> None:

@@ -131,6 +131,36 @@ def test_a_data_file_cut_while_open_is_noticed(store: CacheDirectory) -> None:
     layer.close()
 
 
+@pytest.mark.parametrize("repair", ["read", "publish", "open", "another's read"])
+def test_no_process_shows_zeros_for_what_was_cut_off_after_it_was_checked(
+    store: CacheDirectory, repair: str
+) -> None:
+    """Whoever gives the file its size back makes holes of what was lost."""
+    layer = store.create_layer(LAYER.content_root, LAYER.table)
+    other = store.create_layer(LAYER.content_root, LAYER.table)
+    LAYER.fill(layer)
+    for one in (layer, other):
+        assert one.read(0, len(LAYER.device)) == LAYER.device
+    cut = LAYER.blocks.addresses[2] + 5
+    os.truncate(os.path.join(layer.path, "data"), cut)
+    last = LAYER.blocks.count - 1
+    if repair == "publish":
+        assert layer.publish(last, LAYER.content(last))
+    elif repair == "open":
+        store.create_layer(LAYER.content_root, LAYER.table).close()
+    else:
+        assert (layer if repair == "read" else other).read(LAYER.blocks.addresses[last], 1) is None
+    lost = set(range(2, last + (repair != "publish")))
+    for one in (layer, other):
+        for block in range(LAYER.blocks.count):
+            address, content = LAYER.blocks.addresses[block], LAYER.content(block)
+            assert one.read(address, len(content)) == (None if block in lost else content)
+    LAYER.fill(other, range(2, LAYER.blocks.count))
+    for one in (layer, other):
+        assert one.read(0, len(LAYER.device)) == LAYER.device
+        one.close()
+
+
 def test_verify_finds_rot_and_a_refill_repairs_it(store: CacheDirectory) -> None:
     layer = store.create_layer(LAYER.content_root, LAYER.table)
     LAYER.fill(layer)
