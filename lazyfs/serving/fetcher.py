@@ -96,8 +96,9 @@ class LayerFetcher:
         near = range(end, end)
         if worth_bytes := supplier.source.worth_bytes:
             near = nearby(self.layer.table, blocks, worth_bytes, self._demanded_bytes)
-        for part in supplier.source.ahead(near.start, max(near.stop, upto)) if near or upto > end else ():
-            supplier.want(part, Rank.AHEAD)
+        if near or upto > end:
+            for part in supplier.source.ahead(self.layer.content_root, near.start, max(near.stop, upto)):
+                supplier.want(part, Rank.AHEAD)
 
     def _offer(self, block: int, reader: Reader) -> tuple[_Supplier, list[Part]]:
         """Where a block shall come from: wherever it is on its way already, else the first that can bring it and has
@@ -106,7 +107,7 @@ class LayerFetcher:
         offers = []
         for supplier in self._suppliers:
             if supplier.source not in reader.failures:
-                parts = supplier.source.parts(block)
+                parts = supplier.source.parts(self.layer.content_root, block)
                 if parts is not None:
                     offers.append((supplier, list(parts)))
         if not offers:

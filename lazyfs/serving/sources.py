@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from lazyfs.core.oci.digests import ContentRoot
+
 
 class Extent(NamedTuple):
     """Plain bytes [start, end) of the layer's tar."""
@@ -38,17 +40,21 @@ class Batch(NamedTuple):
 
 
 class BlockSource(Protocol):
-    """Brings blocks of the layers it was made for, into the cache. Hashed by identity. Owned by the trio thread."""
+    """Brings blocks of the layers it was made for, into the cache. Hashed by identity. Owned by the trio thread.
+
+    A layer is named by its content root, as one source may bring blocks of many.
+    """
 
     @property
     def worth_bytes(self) -> int:
         """So many plain bytes take about as long as the act that brings them; 0 if guesses are not worth it."""
 
-    def parts(self, block: int) -> Sequence[Part] | None:
-        """Which pieces a block lies in, and what is wanted of each; None if it cannot come from here, or not soon."""
+    def parts(self, layer: ContentRoot, block: int) -> Sequence[Part] | None:
+        """Which pieces a block of a layer lies in, and what is wanted of each; None if it cannot come from here, or
+        not soon."""
 
-    def ahead(self, start: int, end: int) -> Sequence[Part]:
-        """Pieces of the plain bytes [start, end) that are worth fetching before they are read."""
+    def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
+        """Pieces of the plain bytes [start, end) of a layer that are worth fetching before they are read."""
 
     def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch | None:
         """What one act would bring: the piece `first` and some others of `wanted`, none of which is in flight; and of

@@ -9,6 +9,7 @@ import trio
 
 from lazyfs.core.layer.plan import MAX_TIMES, longer_run, next_run, spans_for_block
 from lazyfs.core.layer.spans import Span, SpanTable
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.core.retries import DAMAGE_TRIES
 from lazyfs.errors import ImageError, RemoteError
 from lazyfs.serving.assemble import Fragments
@@ -20,7 +21,7 @@ log = logging.getLogger("lazyfs.fetch")
 
 
 class SpanSource:
-    """A BlockSource whose pieces are the spans of a blob.
+    """A BlockSource whose pieces are the spans of one layer's blob.
 
     `others`: sources of the layer so far. One of the same blob shares what it has decoded in part with this one.
     """
@@ -45,7 +46,7 @@ class SpanSource:
         """As BlockSource: what is stored, times how much it shrank."""
         return self.blob.cost.worth_bytes * self._spans.tar_bytes // max(1, self._spans.blob_bytes)
 
-    def parts(self, block: int) -> Sequence[Part]:
+    def parts(self, layer: ContentRoot, block: int) -> Sequence[Part]:
         """As BlockSource."""
         table = self._layer.table
         end = table.tar_offsets[block] + table.lengths[block]
@@ -56,7 +57,7 @@ class SpanSource:
             parts.append(Part(number, None if start is None else Extent(start, min(end, span.tar_end))))
         return parts
 
-    def ahead(self, start: int, end: int) -> Sequence[Part]:
+    def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         """As BlockSource. The extents are empty: they only say how far a span is wanted, however far it came."""
         parts = []
         for number in self._spans.covering(start, min(end, self._spans.tar_bytes)):

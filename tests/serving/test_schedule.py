@@ -8,6 +8,7 @@ import hypothesis.stateful as hs
 import pytest
 from hypothesis import strategies as st
 
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import LazyfsError, RemoteError
 from lazyfs.serving.schedule import AHEAD_SLOTS, READ_SLOTS, SLOTS, Rank, Schedule, Ticket
 from lazyfs.serving.sources import Batch, BlockSource, Extent, Part
@@ -24,10 +25,10 @@ class Pieces(BlockSource):
         self.most = most
         self.held = False
 
-    def parts(self, block: int) -> Sequence[Part]:
+    def parts(self, layer: ContentRoot, block: int) -> Sequence[Part]:
         raise AssertionError("a schedule knows no blocks")
 
-    def ahead(self, start: int, end: int) -> Sequence[Part]:
+    def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         raise AssertionError("a schedule knows no blocks")
 
     def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch | None:

@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES
+from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import RemoteError
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.schedule import SLOTS, Rank
@@ -31,10 +32,10 @@ class Stream(BlockSource):
         for _ in range(blocks):
             self._steps.release()
 
-    def parts(self, block: int) -> Sequence[Part] | None:
+    def parts(self, layer: ContentRoot, block: int) -> Sequence[Part] | None:
         return [Part(0, Extent(0, 0))] if block in self._left else None
 
-    def ahead(self, start: int, end: int) -> Sequence[Part]:
+    def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         return ()
 
     def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
@@ -61,10 +62,10 @@ class Neighbour(BlockSource):
         self._blocks = blocks
         self._rotten = rotten
 
-    def parts(self, block: int) -> Sequence[Part] | None:
+    def parts(self, layer: ContentRoot, block: int) -> Sequence[Part] | None:
         return [Part(block, Extent(0, 0))] if block in self._blocks else None
 
-    def ahead(self, start: int, end: int) -> Sequence[Part]:
+    def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         return ()
 
     def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
