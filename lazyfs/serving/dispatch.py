@@ -64,6 +64,11 @@ class Dispatcher:
         """Whether one of these pieces is on its way, or will be."""
         return self._schedule.knows(source, parts)
 
+    def drop(self, rank: Rank) -> None:
+        """Forgets what is queued at a rank and nobody waits for."""
+        self._schedule.drop(rank)
+        self._changed.set()
+
     async def idle(self) -> None:
         """Returns once nothing is queued or in flight."""
         while not self._schedule.idle:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.core.layer.plan import Readahead, nearby
 from lazyfs.core.retries import MAX_ROUNDS
-from lazyfs.errors import RemoteError
+from lazyfs.errors import LazyfsError, RemoteError
 from lazyfs.serving.assemble import Fragments
 from lazyfs.serving.dispatch import Dispatcher, Reader
 from lazyfs.serving.schedule import Rank
@@ -33,6 +35,7 @@ class LayerFetcher:
         self._suppliers: list[_Supplier] = []  # in the order in which they are asked
         self._demanded_bytes = 0  # of blocks that were missing when they were read
         self._readahead = Readahead()
+        self._foreseen: set[int] = set()  # what follows these is known, too: there is nothing to guess
 
     @property
     def sources(self) -> list[BlockSource]:
@@ -60,7 +63,7 @@ class LayerFetcher:
         try:
             while missing:
                 supplier = self._ask(missing, rank, reader)
-                if rank is Rank.READ and not guessed:
+                if rank is Rank.READ and not guessed and not self._foreseen.issuperset(missing):
                     self._guess(missing, supplier)
                     guessed = True
                 await reader.woken()
@@ -76,6 +79,19 @@ class LayerFetcher:
                 missing = left
         finally:
             reader.leave()
+
+    def foresee(self, blocks: Iterable[int]) -> None:
+        """Wants those of `blocks` that are absent, in this order, at the rank PACK: nobody waits for them. What cannot
+        be had from anywhere is passed over."""
+        reader = Reader()  # for whom nothing is begun
+        for block in blocks:
+            if self.layer.has(block):
+                continue
+            with contextlib.suppress(LazyfsError):
+                supplier, parts = self._offer(block, reader)
+                for part in parts:
+                    supplier.want(part, Rank.PACK)
+                self._foreseen.add(block)
 
     def _ask(self, missing: list[int], rank: Rank, reader: Reader) -> _Supplier:
         """Sees to it that all missing blocks are wanted. Returns where the last one shall come from."""

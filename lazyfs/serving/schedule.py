@@ -7,7 +7,8 @@ somebody still waits for it: the kernel asks again for what a read did not get i
 from __future__ import annotations
 
 import enum
-from collections import deque
+import itertools
+from collections import ChainMap, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -21,6 +22,8 @@ SLOTS = 6
 READ_SLOTS = 1
 # A guess begins only while fewer batches are in flight: on a slow link all that are share it with the next read.
 AHEAD_SLOTS = 3
+# The same for what a start will want: these are large, and few of them fill a link.
+PACK_SLOTS = 4
 
 
 class Rank(enum.IntEnum):
@@ -30,6 +33,9 @@ class Rank(enum.IntEnum):
     AHEAD = 1  # a guess, from what is read
     PACK = 2  # a start will want it, as earlier ones did
     FILL = 3  # all the rest
+
+
+_BELOW = {Rank.AHEAD: AHEAD_SLOTS, Rank.PACK: PACK_SLOTS}
 
 
 class Ticket:
@@ -64,7 +70,7 @@ class Schedule(Generic[T]):
 
     - a piece is queued at one rank, or in flight, or neither;
     - at most `slots` batches are in flight; a batch below READ started while READ_SLOTS more were free, one of guesses
-      while fewer than AHEAD_SLOTS were in flight;
+      while fewer than AHEAD_SLOTS were in flight, one at PACK while fewer than PACK_SLOTS were;
     - a ticket waits for a piece only while that is queued or in flight.
     """
 
@@ -73,6 +79,8 @@ class Schedule(Generic[T]):
         self._going = 0  # batches in flight
         # By rank, then by source in the order of their turns: what is wanted of each piece, first come first.
         self._queues: dict[Rank, dict[BlockSource, dict[int, Extent]]] = {rank: {} for rank in Rank}
+        self._order: dict[_Key, int] = {}  # of what is queued at PACK, over all sources: as a start needs it
+        self._wishes = itertools.count()
         self._in_flight: set[_Key] = set()
         self._tickets: dict[_Key, dict[T, None]] = {}  # who waits for a piece, and waited when it was begun
         self._late: dict[_Key, _Late[T]] = {}
@@ -115,14 +123,14 @@ class Schedule(Generic[T]):
         return True
 
     def start(self) -> list[Batch]:
-        """What may go now, and is in flight from now on. The most urgent first; sources of one rank in turn."""
+        """What may go now, and is in flight from now on. The most urgent first; sources of one rank in turn, but at
+        PACK in the order of need."""
         batches: list[Batch] = []
         for rank in Rank:
             slots = self._slots if rank is Rank.READ else self._slots - READ_SLOTS
-            if rank is Rank.AHEAD:
-                slots = min(slots, AHEAD_SLOTS)
+            slots = min(slots, _BELOW.get(rank, slots))
             queue = self._queues[rank]
-            turns = deque(queue)
+            turns = deque(sorted(queue, key=self._since) if rank is Rank.PACK else queue)
             while turns and self._going < slots:
                 source = turns.popleft()
                 batch = self._batch(rank, source)
@@ -133,18 +141,27 @@ class Schedule(Generic[T]):
                 if source in queue:
                     queue[source] = queue.pop(source)  # behind the others
                     turns.append(source)
+                    if rank is Rank.PACK:
+                        turns = deque(sorted(turns, key=self._since))
                 self._going += 1
                 batches.append(batch)
         return batches
 
     def _batch(self, rank: Rank, source: BlockSource) -> Batch | None:
-        """What one act brings. Guesses go behind what is read, or behind each other: never more of them in one act than
-        the source likes, since a reader who comes later may have to wait for the whole act."""
+        """What one act brings. What nobody waits for goes behind what is read, and guesses behind each other: never
+        more of that in one act than the source likes, since a reader who comes later may have to wait for all of it."""
         wanted = self._queues[rank][source]
         first = next(iter(wanted))
         if rank is Rank.AHEAD:
             return source.batch(first, {first: wanted[first]}, wanted)
-        return source.batch(first, wanted, self._queues[Rank.AHEAD].get(source, {}) if rank is Rank.READ else {})
+        if rank is Rank.READ:
+            behind = [self._queues[below].get(source, {}) for below in (Rank.AHEAD, Rank.PACK)]
+            return source.batch(first, wanted, ChainMap(*behind))
+        return source.batch(first, wanted, {}, lambda piece: (source, piece) not in self._in_flight)
+
+    def _since(self, source: BlockSource) -> int:
+        """When the first of what is wanted of a source at PACK was wanted."""
+        return self._order[source, next(iter(self._queues[Rank.PACK][source]))]
 
     def ended(self, batch: Batch, error: LazyfsError | None) -> list[T]:
         """A batch came, or failed. Returns whom to wake: each looks for itself what it still misses.
@@ -182,10 +199,18 @@ class Schedule(Generic[T]):
                 found |= late.tickets
         return [ticket for ticket in found if not ticket.left]
 
+    def drop(self, rank: Rank) -> None:
+        """Forgets what is queued at a rank and nobody waits for."""
+        queued = [(source, piece) for source, pieces in self._queues[rank].items() for piece in pieces]
+        for key in queued:
+            if key not in self._tickets:
+                self._take(key, rank)
+
     def clear(self) -> list[T]:
         """Forgets what is queued. Returns who waited for it."""
         for queue in self._queues.values():
             queue.clear()
+        self._order.clear()
         dropped = [key for key in self._tickets if key not in self._in_flight]
         found = {ticket: None for key in dropped for ticket in self._tickets.pop(key) if not ticket.left}
         return list(found)
@@ -207,11 +232,14 @@ class Schedule(Generic[T]):
     def _put(self, key: _Key, rank: Rank, extent: Extent) -> None:
         source, piece = key
         self._queues[rank].setdefault(source, {})[piece] = extent
+        if rank is Rank.PACK:
+            self._order[key] = next(self._wishes)
 
     def _take(self, key: _Key, rank: Rank) -> None:
         source, piece = key
         of_source = self._queues[rank][source]
         del of_source[piece]
+        self._order.pop(key, None)
         if not of_source:
             del self._queues[rank][source]
 

@@ -56,10 +56,18 @@ class BlockSource(Protocol):
     def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         """Pieces of the plain bytes [start, end) of a layer that are worth fetching before they are read."""
 
-    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch | None:
+    def batch(
+        self,
+        first: int,
+        wanted: Mapping[int, Extent],
+        behind: Mapping[int, Extent],
+        free: Callable[[int], bool] | None = None,
+    ) -> Batch | None:
         """What one act would bring: the piece `first` and some others of `wanted`, none of which is in flight; and of
         `behind` what comes after all those, so that nobody waits for it.
 
+        With `free` nobody waits for anything of it: it may be large, and may have further pieces, which nobody wants,
+        if that saves an act; they must be `free`, that is not in flight.
         None: not now; the schedule asks again when something else has ended.
         """
 

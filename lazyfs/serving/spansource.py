@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
-from lazyfs.core.layer.plan import MAX_TIMES, longer_run, next_run, spans_for_block
+from lazyfs.core.layer.plan import MAX_TIMES, longer_run, next_run, planned_run, spans_for_block
 from lazyfs.core.layer.spans import Span, SpanTable
 from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.core.retries import DAMAGE_TRIES
@@ -72,9 +72,18 @@ class SpanSource:
         absent = self._layer.missing(self._layer.table.from_tar(start, end))
         return any(self._fragments.lacks_from(block, span) is not None for block in absent)
 
-    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
+    def batch(
+        self,
+        first: int,
+        wanted: Mapping[int, Extent],
+        behind: Mapping[int, Extent],
+        free: Callable[[int], bool] | None = None,
+    ) -> Batch:
         """As BlockSource: neighbours that fit into one request, and behind them what is worth that."""
         begun = self.cursors.numbers
+        if free is not None:
+            run = planned_run(wanted.keys(), free, self._spans, first, begun, self.blob.cost)
+            return Batch(self, run, Extent(wanted[run[0]].start, wanted[run[-1]].end))
         run = next_run(wanted.keys(), self._spans, first, begun)
         extent = Extent(wanted[run[0]].start, wanted[run[-1]].end)
         if extent.end >= self._spans[run[-1]].tar_end:  # what follows can be entered

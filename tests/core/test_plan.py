@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder
 from lazyfs.core.layer.plan import (
     MAX_AHEAD_BYTES,
     MIN_STREAK_BYTES,
+    PLANNED_S,
     REQUEST_BYTES,
     WHOLE_FILE_BYTES,
     Cost,
@@ -18,6 +21,7 @@ from lazyfs.core.layer.plan import (
     longer_run,
     nearby,
     next_run,
+    planned_run,
     spans_for_block,
 )
 from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES, Compression, Point, PointKind, SpanTable, encode_points
@@ -140,6 +144,47 @@ def test_around_a_miss_lie_the_rest_of_a_small_file_and_what_a_request_s_time_br
     assert more == [500_000, 1_500_000, 2_500_000, 3_000_000]
     last = table.count - 1
     assert nearby(table, range(last, last + 1), 500_000, 0).stop == table.tar_bytes
+
+
+@given(tables(), st.data(), st.integers(0, 1 << 20), st.sampled_from([0.5e6, 2e6, 100e6]))
+def test_a_planned_run_bridges_gaps_that_cost_less_than_a_request(
+    spans: SpanTable, data: st.DataObject, gap_bytes: int, bytes_per_s: float
+) -> None:
+    class Known(Cost):
+        worth_bytes = gap_bytes
+
+    cost = Known()
+    cost.saw(1 << 20, (1 << 20) / bytes_per_s)
+    most_bytes = cost.bytes_in(PLANNED_S)
+    assert 256 << 10 <= most_bytes <= REQUEST_BYTES
+    wanted, begun, flying = (data.draw(st.sets(st.integers(0, len(spans) - 1))) for _ in range(3))
+    first = data.draw(st.integers(0, len(spans) - 1))
+    wanted |= {first}
+    flying -= wanted
+    run = planned_run(wanted, lambda number: number not in flying, spans, first, begun, cost)
+    assert first in run and {run[0], run[-1]} <= wanted and not flying.intersection(run)
+    assert not begun.intersection(run[1:])
+    size = spans[run[-1]].blob_end - spans[run[0]].blob_start
+    assert len(run) == 1 or size <= most_bytes
+    inside = [number for number in run if number in wanted]
+    gaps = [spans[two].blob_start - spans[one].blob_end for one, two in itertools.pairwise(inside)]
+    assert all(gap <= gap_bytes for gap in gaps)
+    after = next((number for number in range(run.stop, len(spans)) if number in wanted), None)
+    if after is not None and not {*range(run.stop, after)} & flying and not {*range(run.stop, after + 1)} & begun:
+        gap = spans[after].blob_start - spans[run[-1]].blob_end
+        assert gap > gap_bytes or spans[after].blob_end - spans[first].blob_start > most_bytes
+
+
+def test_all_that_is_wanted_comes_in_one_planned_run_or_another() -> None:
+    sizes = [100_000] * 100
+    starts = [Point(100_000 * number, 200_000 * number, 0, PointKind.ENTRY) for number in range(len(sizes))]
+    spans = SpanTable(Compression.GZIP, sum(sizes), 2 * sum(sizes), encode_points(starts))
+    left, runs = set(range(0, 100, 2)), []
+    while left:
+        run = planned_run(left, lambda _: True, spans, min(left), set(), Cost())
+        left.difference_update(run)
+        runs.append(run)
+    assert len(runs) == 3 and runs[0] == range(0, 41)
 
 
 @given(tables(), st.data())

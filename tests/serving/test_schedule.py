@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import LazyfsError, RemoteError
-from lazyfs.serving.schedule import AHEAD_SLOTS, READ_SLOTS, SLOTS, Rank, Schedule, Ticket
+from lazyfs.serving.schedule import AHEAD_SLOTS, PACK_SLOTS, READ_SLOTS, SLOTS, Rank, Schedule, Ticket
 from lazyfs.serving.sources import Batch, BlockSource, Extent, Part
 
 ERROR = RemoteError("the test says no")
@@ -31,12 +31,21 @@ class Pieces(BlockSource):
     def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         raise AssertionError("a schedule knows no blocks")
 
-    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch | None:
+    def batch(
+        self,
+        first: int,
+        wanted: Mapping[int, Extent],
+        behind: Mapping[int, Extent],
+        free: Callable[[int], bool] | None = None,
+    ) -> Batch | None:
         if self.held:
             return None
         end = first
         while end in wanted and end - first < self.most:
             end += 1
+            gap = end not in wanted and end + 1 in wanted and end + 1 - first < self.most
+            if free is not None and gap and free(end):
+                end += 1
         last = wanted[end - 1]
         while end in behind and end - first < self.most:
             last = behind[end]
@@ -94,7 +103,8 @@ def test_a_slot_is_kept_for_reads(rank: Rank) -> None:
     schedule, source = Schedule[Ticket](), Pieces(1)
     for piece in range(SLOTS * 2):
         want(schedule, source, piece, rank)
-    assert len(schedule.start()) == (AHEAD_SLOTS if rank is Rank.AHEAD else SLOTS - READ_SLOTS)
+    slots = {Rank.AHEAD: AHEAD_SLOTS, Rank.PACK: PACK_SLOTS, Rank.FILL: SLOTS - READ_SLOTS}
+    assert len(schedule.start()) == slots[rank]
     want(schedule, source, 100)
     assert pieces(schedule.start()) == [[100]]
 
@@ -231,6 +241,71 @@ def test_a_part_that_came_is_waited_for_only_where_it_is_under_way() -> None:
     assert schedule.want(source, here, Rank.READ, ticket)
     assert ticket in schedule.ended(batch, ERROR)  # it wants nothing that could be tried again
     assert not ticket.failures and not schedule.knows(source, [here])
+
+
+def test_what_a_start_will_want_goes_in_the_order_of_need_over_all_sources() -> None:
+    schedule, one, other = Schedule[Ticket](slots=20), Pieces(2), Pieces(2)
+    for source, piece in ((one, 10), (one, 20), (other, 5), (one, 21), (one, 30), (other, 40)):
+        schedule.want(source, part(piece), Rank.PACK)
+    first = schedule.start()
+    assert [(batch.source, list(batch.pieces)) for batch in first] == [
+        (one, [10]), (one, [20, 21]), (other, [5]), (one, [30])
+    ]  # fmt: skip
+    assert len(first) == PACK_SLOTS and schedule.start() == []
+    schedule.want(one, part(9), Rank.PACK)
+    schedule.ended(first[0], None)
+    assert [batch.source for batch in schedule.start()] == [other]
+
+
+def test_a_gap_is_bridged_by_what_is_not_in_flight() -> None:
+    schedule, source = Schedule[Ticket](), Pieces(9)
+    schedule.want(source, part(6), Rank.FILL)
+    (fill,) = schedule.start()
+    schedule.want(source, part(2), Rank.FILL)
+    for piece in (1, 3, 5, 7):
+        schedule.want(source, part(piece), Rank.PACK)
+    first, second = schedule.start()
+    assert pieces([first, second]) == [[1, 2, 3, 4, 5], [7]]
+    joined = want(schedule, source, 4)  # nobody had wanted it
+    assert pieces(schedule.start()) == []
+    assert schedule.ended(first, None) == [joined]
+    schedule.ended(second, None)
+    schedule.ended(fill, None)
+    assert schedule.idle
+
+
+def test_a_read_takes_along_what_a_start_will_want_behind_it() -> None:
+    schedule, source = Schedule[Ticket](), Pieces()
+    for piece in (3, 4, 5, 9):
+        schedule.want(source, part(piece), Rank.PACK)
+    reader = want(schedule, source, 3)
+    started = schedule.start()
+    assert pieces(started) == [[3, 4, 5], [9]]
+    assert schedule.ended(started[0], None) == [reader]
+
+
+def test_no_more_is_begun_for_a_start_while_many_batches_are_in_flight() -> None:
+    schedule, source = Schedule[Ticket](), Pieces(1)
+    for piece in range(0, 2 * PACK_SLOTS, 2):
+        want(schedule, source, piece)
+    reads = schedule.start()
+    schedule.want(source, part(99), Rank.PACK)
+    assert schedule.start() == []
+    schedule.ended(reads[0], None)
+    assert pieces(schedule.start()) == [[99]]
+
+
+def test_what_was_wanted_for_a_start_is_dropped_unless_somebody_waits() -> None:
+    schedule, source = Schedule[Ticket](slots=2), Pieces(1)
+    for piece in (1, 2, 3):
+        schedule.want(source, part(piece), Rank.PACK)
+    waits = want(schedule, source, 3, Rank.PACK)
+    (flying,) = schedule.start()
+    schedule.drop(Rank.PACK)
+    schedule.ended(flying, None)
+    (batch,) = schedule.start()
+    assert pieces([flying, batch]) == [[1], [3]] and schedule.ended(batch, None) == [waits]
+    assert schedule.idle
 
 
 def test_clearing_wakes_those_whose_wish_was_queued() -> None:

@@ -38,7 +38,9 @@ class Stream(BlockSource):
     def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         return ()
 
-    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
+    def batch(
+        self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent], free: object = None
+    ) -> Batch:
         return Batch(self, [0], wanted[0])
 
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
@@ -68,7 +70,9 @@ class Neighbour(BlockSource):
     def ahead(self, layer: ContentRoot, start: int, end: int) -> Sequence[Part]:
         return ()
 
-    def batch(self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent]) -> Batch:
+    def batch(
+        self, first: int, wanted: Mapping[int, Extent], behind: Mapping[int, Extent], free: object = None
+    ) -> Batch:
         return Batch(self, list(wanted), wanted[first])
 
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:

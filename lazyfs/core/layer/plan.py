@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable
 from lazyfs.core.layer.spans import SpanTable
@@ -10,6 +10,8 @@ from lazyfs.core.layer.spans import SpanTable
 # The largest single range request: throughput stops rising at 1 MiB (loopback), and a larger one only delays the
 # first block and loses more when it breaks.
 REQUEST_BYTES = 4 << 20
+# A request that nobody waits for brings what takes about so long, if that is known.
+PLANNED_S = 0.4
 # What is guessed around a block that was missing: as much as takes half as long as a request, and once longer with each
 # further 8 MiB that were missing when they were read, since who has read much reads on; but never longer than that.
 _FIRST_TIMES, MAX_TIMES = 0.5, 3
@@ -47,6 +49,13 @@ class Cost:
         if not self.bytes_per_s:
             return self._UNKNOWN_BYTES
         return min(self._MAX_BYTES, max(self._MIN_BYTES, int(self.request_s * self.bytes_per_s)))
+
+    def bytes_in(self, seconds: float) -> int:
+        """How large a request may be that nobody waits for, if it shall bring its bytes in so long: REQUEST_BYTES at
+        most, and while nothing was seen."""
+        if not self.bytes_per_s:
+            return REQUEST_BYTES
+        return min(REQUEST_BYTES, max(self._UNKNOWN_BYTES, int(seconds * self.bytes_per_s)))
 
 
 def nearby(table: BlockTable, blocks: range, worth_bytes: int, demanded_bytes: int) -> range:
@@ -118,6 +127,35 @@ def longer_run(run: range, behind: Set[int], spans: SpanTable, begun: Set[int], 
     while high in behind and high not in begun and spans[high].blob_end <= end:
         high += 1
     return range(run.start, high)
+
+
+def planned_run(
+    wanted: Set[int], free: Callable[[int], bool], spans: SpanTable, first: int, begun: Set[int], cost: Cost
+) -> range:
+    """As next_run(), when nobody waits: across gaps, too, that take less time than the request they save, and no larger
+    than what comes in PLANNED_S, lest a reader who comes later shares the link with it for long.
+
+    Of spans in a gap each must be `free`, that is not in flight. The run begins and ends with a wanted one.
+    """
+    most_bytes, gap_bytes = cost.bytes_in(PLANNED_S), cost.worth_bytes
+    low, high = first, first + 1
+    at = high  # the next span to look at
+    while at < len(spans) and (at in wanted or free(at)) and at not in begun:
+        span = spans[at]
+        if span.blob_end - spans[low].blob_start > most_bytes or span.blob_start - spans[high - 1].blob_end > gap_bytes:
+            break
+        at += 1
+        if at - 1 in wanted:
+            high = at
+    at = low - 1
+    while at >= 0 and low not in begun and (at in wanted or (at not in begun and free(at))):
+        span = spans[at]
+        if spans[high - 1].blob_end - span.blob_start > most_bytes or spans[low].blob_start - span.blob_end > gap_bytes:
+            break
+        if at in wanted:
+            low = at
+        at -= 1
+    return range(low, high)
 
 
 # Fetched ahead at most, in plain bytes: what four requests in flight bring.
