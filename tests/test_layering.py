@@ -39,7 +39,9 @@ ONLY = {
 }
 
 # Names in the cache directory, parts of paths in cache/ only: others ask it where something is.
-CACHE_NAMES = {"layers", "indexes", "scans", "refs", "uppers", "tmp", "table", "present", "groups", "namespace.erofs"}
+CACHE_NAMES = set(
+    "layers indexes scans profiles refs uppers tmp table present groups namespace.erofs".split()  # noqa: SIM905
+)
 
 # What makes a module impure: I/O, clocks, tasks, processes, randomness. `urllib.parse` is pure, and `mmap` is
 # there as the type of a buffer that somebody else has mapped.

@@ -4,6 +4,7 @@
     <cache>/layers/<content root>/      an entry: decoded file data of a layer, see layer.py
     <cache>/indexes/<manifest digest>/  documents and index of an image, see images.py
     <cache>/scans/<digest of a blob>/   the index of a layer, see scans.py
+    <cache>/profiles/<manifest digest>  what starts of an image touch, see profiles.py
     <cache>/refs/<key>                  the manifest digest that a reference led to, see images/resolve.py
     <cache>/uppers/<random>/            an upper directory, see uppers.py
     <cache>/tmp/                        what is being made, and what was removed
@@ -29,7 +30,7 @@ from lazyfs.errors import HostError, ImageError
 _VERSION = b"1\n"
 _CREATE_TRIES = 16
 # Kinds of entries that are evicted one by one, and where they lie.
-_FOLDERS = {"layer": places.LAYERS, "image": places.INDEXES, "scan": places.SCANS}
+_FOLDERS = {"layer": places.LAYERS, "image": places.INDEXES, "scan": places.SCANS, "profile": places.PROFILES}
 
 
 class CacheDirectory:
@@ -69,6 +70,15 @@ class CacheDirectory:
         """The directory of the index of a layer."""
         return os.path.join(self.path, places.SCANS, blob_digest.removeprefix("sha256:"))
 
+    def profile_path(self, manifest_digest: Digest) -> str:
+        """The file that has an image's profile."""
+        return os.path.join(self.path, places.PROFILES, manifest_digest.removeprefix("sha256:"))
+
+    def profile_paths(self) -> list[str]:
+        """All files that a `profile_path` is the path of."""
+        directory = os.path.join(self.path, places.PROFILES)
+        return [os.path.join(directory, name) for name in os.listdir(directory)]
+
     def reference_path(self, key: str) -> str:
         """The file that has the manifest digest to which a reference led."""
         return os.path.join(self.path, places.REFS, key)
@@ -79,8 +89,7 @@ class CacheDirectory:
         return os.path.join(self.path, places.TMP)
 
     def entry_paths(self) -> Iterator[tuple[str, str]]:
-        """(kind, path) of everything with a directory of its own that can be evicted: layers, images, and indexes of
-        layers."""
+        """(kind, path) of everything that can be evicted by itself: layers, images, indexes of layers, and profiles."""
         for kind, folder in _FOLDERS.items():
             directory = os.path.join(self.path, folder)
             for name in os.listdir(directory):

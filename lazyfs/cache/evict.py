@@ -1,5 +1,7 @@
 """What the cache holds, and evicting from it. Nothing that a mount uses is ever removed.
 
+Profiles are little and make the next cold start quick, so they go last, and only if all else did not suffice.
+
 An entry is in use while anybody holds its lock file shared (locks.py; for upper directories see uppers.py). Removing
 takes the lock exclusively, renames the entry out of the way, then deletes it. A process killed in between leaves a
 whole entry, or rubbish in tmp/ that the next run sweeps.
@@ -17,19 +19,22 @@ from lazyfs.cache import uppers
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.locks import exclusive
 from lazyfs.cache.places import LOCK, REMOVED
+from lazyfs.cache.profiles import trim_profiles
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.reference import is_digest
 from lazyfs.errors import LazyfsError
 
 # A download in progress touches its directory in tmp/ all the time: whatever is so old is rubbish.
 _RUBBISH_AGE_S = 3600.0
+_TURN = {"upper": 0, "profile": 2}  # whose turn it is to go; all others: 1
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A layer's data, an image's documents, a layer's indexes, or an upper directory. Times in s since the epoch."""
+    """A layer's data, an image's documents, a layer's indexes, an image's profile, or an upper directory. Times in s
+    since the epoch."""
 
-    kind: str  # "layer", "image", "scan" (indexes of a layer) or "upper"
+    kind: str  # "layer", "image", "scan" (indexes of a layer), "profile" or "upper"
     name: str  # 64 hex digits: content root, manifest digest or digest of the layer's blob; random for an upper
     path: str
     size_bytes: int  # on disk, holes not counted
@@ -82,15 +87,19 @@ def _delete(path: str) -> None:
 def collect(cache: CacheDirectory, max_bytes: int | None) -> tuple[int, int]:
     """Evicts least recently used entries until the cache is at most `max_bytes`; None: all that are not in use.
 
-    Returns bytes freed and bytes left. Removes in any case upper directories that nobody holds, since no mount will use
-    them again, rubbish in tmp/, and references to images that are gone.
+    Returns bytes freed and bytes left. Profiles are removed last, and not at all by None. Removes in any case upper
+    directories that nobody holds, since no mount will use them again, rubbish in tmp/ and among the profiles, and
+    references to images that are gone.
     """
+    trim_profiles(cache, check=True)
     _sweep(cache)
     listed = entries(cache)
     total = sum(entry.size_bytes for entry in listed)
     freed = 0
-    for entry in sorted(listed, key=lambda entry: entry.kind != "upper"):
+    for entry in sorted(listed, key=lambda entry: _TURN.get(entry.kind, 1)):
         if entry.kind != "upper" and max_bytes is not None and total - freed <= max_bytes:
+            break
+        if entry.kind == "profile" and max_bytes is None:
             break
         if not entry.in_use and remove(cache, entry):
             freed += entry.size_bytes
@@ -143,7 +152,7 @@ def _newest(path: str) -> float:
 
 
 def _disk_bytes(path: str) -> int:
-    total = 0
+    total = 0 if os.path.isdir(path) else os.stat(path).st_blocks * 512
     for directory, _, files in os.walk(path):
         for name in files:
             with contextlib.suppress(FileNotFoundError):

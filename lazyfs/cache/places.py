@@ -9,6 +9,7 @@ from lazyfs.system.private import check_private, make_private
 # Directly in the cache directory. layer.py, scans.py and uppers.py say what lies in the directories of each kind.
 VERSION = "version"
 LAYERS, INDEXES, SCANS, REFS, UPPERS, TMP = "layers", "indexes", "scans", "refs", "uppers", "tmp"
+PROFILES = "profiles"
 # In an image's directory: the file that the kernel mounts, by which mountinfo shows that a mount is ours.
 NAMESPACE = "namespace.erofs"
 # In every directory that somebody may use while somebody else removes it, see locks.py.

@@ -259,8 +259,8 @@ def _cache(add: _Add) -> None:
     cache.add_argument(
         "action",
         choices=["du", "verify", "prune", "gc"],
-        help="du: what takes the space; verify: check every block; prune: remove what no mount uses; "
-        "gc: remove the least recently used until it fits --max-size",
+        help="du: what takes the space; verify: check every block; prune: remove what no mount uses, but for "
+        "profiles; gc: remove the least recently used until it fits --max-size, profiles last",
     )
     cache.add_argument(
         "--max-size", type=size, metavar="SIZE", dest="max_size_bytes", help="for gc: 500M, 20G, 20Gi"

@@ -8,7 +8,8 @@ from pathlib import Path
 from lazyfs.cache import layer, places, uppers
 
 FORMATS = Path(__file__).parents[2] / "docs/FORMATS.md"
-DIRECTLY = {getattr(places, name) for name in ("VERSION", "LAYERS", "INDEXES", "SCANS", "REFS", "UPPERS", "TMP")}
+NAMES = ("VERSION", "LAYERS", "INDEXES", "SCANS", "PROFILES", "REFS", "UPPERS", "TMP")
+DIRECTLY = {getattr(places, name) for name in NAMES}
 FILES = {
     places.LAYERS: {layer.TABLE, layer.DATA, layer.PRESENT, layer.SEAL, places.LOCK},
     places.UPPERS: {uppers.RECORD, uppers.UPPER, uppers.WORK, uppers.PROBE, places.LOCK},

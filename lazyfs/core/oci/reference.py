@@ -98,6 +98,13 @@ def parse_reference(text: str) -> Reference:
     return _parse_registry(text.removeprefix("docker://"), text)
 
 
+def repository_of(reference: Reference) -> str:
+    """Where all versions of an image are: the reference without tag, name or digest."""
+    if isinstance(reference, RegistryReference):
+        return str(reference._replace(tag=None, digest=None))
+    return str(reference._replace(ref=None))
+
+
 def is_digest(text: str) -> bool:
     """Whether `text` is a digest that lazyfs verifies (sha256 or sha512, lower-case hex)."""
     return _DIGEST.fullmatch(text) is not None
