@@ -115,6 +115,10 @@ class BlockTable:
         """The 32 bytes of the sha256 of block number `block`."""
         return bytes(self._digests[32 * block : 32 * block + 32])
 
+    def digest_prefixes(self) -> list[int]:
+        """The first 8 bytes of each block's sha256, as little-endian numbers."""
+        return self._digests.cast("Q")[::4].tolist()
+
     def overlapping(self, address: int, size_bytes: int) -> range:
         """Numbers of the blocks that share a byte with [address, address + size_bytes)."""
         first = bisect_right(self.addresses, address)
