@@ -10,7 +10,7 @@ import os
 from lazyfs.control import messages
 from lazyfs.errors import UserError
 from lazyfs.records import NamedTuple
-from lazyfs.sources.access import Access
+from lazyfs.sources.access import LEARNING, Access
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "kernel", "fuse")
 INDEX_REPOSITORY = "LAZYFS_INDEX_REPOSITORY"  # environment: index repositories if no option names one
+LEARN = "LAZYFS_LEARN"  # environment: learn= if no option says it
 
 # Options of mount(8), fstab(5) and systemd.mount(5) that are for other programs, or have no effect here: access times
 # are never written to a read-only root, and an overlay keeps the defaults.
@@ -169,6 +170,12 @@ def _backend(name: str, value: str | None, _: str | None) -> str:
     return value
 
 
+def _learning(name: str, value: str | None, _: str | None) -> str:
+    if value not in LEARNING:
+        raise UserError(f"{name}={value or '':.40} is unknown", f"use one of {', '.join(LEARNING)}")
+    return value
+
+
 def _seconds(name: str, value: str | None, _: str | None) -> float:
     try:
         return messages.parse_timeout(float((value or "").removesuffix("s")))
@@ -212,6 +219,9 @@ OPTIONS = (
     _value("index_repository", "index_repositories", "REPO",
            "look for an index there, too, and push it there; {registry} and\n"
            "{repository} may be in it; may be repeated", _one_more_index_repository),
+    _value("learn", "learn", "WHAT",
+           "local (default): fetch ahead what earlier starts on this host\n"
+           "read; off: do not; push: improve the image's startup pack, too", _learning),
     _flag("insecure", "plain HTTP, or certificates that do not verify", insecure=True),
     _flag("dev", "", dev=True),
     _flag("nodev", "", dev=False),
@@ -258,6 +268,8 @@ def parse(
     if not options.access.index_repositories and (named := os.environ.get(INDEX_REPOSITORY)):
         found = [index_repository(INDEX_REPOSITORY, one, directory) for one in named.replace(",", " ").split()]
         options = options.having(index_repositories=tuple(found))
+    if options.access.learn is None and (named := os.environ.get(LEARN)):
+        options = options.having(learn=_learning(LEARN, named, directory))
     return _checked(options)
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     Repositories = tuple[str, ...]
+    Learning = str  # one of LEARNING
 
 # What of a user's environment leads to credentials (section "Credentials" of the README): nothing else of it is
 # kept or sent.
@@ -21,6 +22,9 @@ ENVIRONMENT = (
     "REGISTRY_AUTH_FILE",
     "PATH",  # where docker-credential-* helpers are
 )
+# What is learned from starts: they are recorded for this host, and fetched ahead at the next cold one; neither; or they
+# also improve the pack that is attached to the image.
+LEARNING = ("local", "off", "push")
 _MAX_CHARACTERS = 4096  # PATH_MAX
 _MAX_ENVIRONMENT_CHARACTERS = 64 << 10
 _MAX_FILES = 64  # CA or authentication files
@@ -38,6 +42,12 @@ class Access(NamedTuple):
     environ: Mapping[str, str] | None = None  # of the user it is reached for; None: this process's
     # Where indexes are looked up beside the image's own repository, in this order (core/oci/indexrepository.py).
     index_repositories: Repositories = ()
+    learn: Learning | None = None  # None: local
+
+    @property
+    def learns(self) -> bool:
+        """Whether starts are recorded, and fetched ahead."""
+        return self.learn != "off"
 
     def to_json(self) -> dict[str, Any]:
         """What from_json() reads."""
@@ -93,6 +103,12 @@ def _environment(value: object, what: str) -> dict[str, str]:
     return {name: _text(item, name, _MAX_ENVIRONMENT_CHARACTERS) for name, item in value.items()}
 
 
+def _learning(value: object, what: str) -> Learning:
+    if value not in LEARNING:
+        raise ValueError(f"{what} is none of {', '.join(LEARNING)}")
+    return str(value)
+
+
 def _or_none(check: Callable[[object, str], object]) -> Callable[[object, str], object]:
     return lambda value, what: None if value is None else check(value, what)
 
@@ -104,5 +120,6 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "tuple[str, ...]": _paths,
     "tuple[str, ...] | None": _or_none(_paths),
     "Repositories": _repositories,
+    "Learning | None": _or_none(_learning),
     "Mapping[str, str] | None": _or_none(_environment),
 }

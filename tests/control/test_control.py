@@ -59,7 +59,7 @@ def test_a_mount_request_survives_the_wire() -> None:
 
 def test_access_travels_as_it_is() -> None:
     """All fields, so that a new one cannot be forgotten."""
-    access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"}, ("a/i", "oci:/i"))
+    access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"}, ("a/i", "oci:/i"), "push")
     assert all(value != default for value, default in zip(access, Access(), strict=True))
     message = {"op": "lease", "image": "a", "access": access.to_json()}
     assert requests.parse_request(messages.encode(message)) == Mount("a", access)
@@ -116,6 +116,7 @@ def test_names_that_are_not_utf_8_survive() -> None:
         b'{"op":"lease","image":"a","options":{"platform":"linux/arm64"}}',
         b'{"op":"lease","image":"a","access":{"ofline":true}}',
         b'{"op":"lease","image":"a","access":{"offline":1}}',
+        b'{"op":"lease","image":"a","access":{"learn":"all"}}',
         b'{"op":"lease","image":"a","timeout_s":0}',
         b'{"op":"lease","image":"a","timeout_s":true}',
         b'{"op":"lease","image":"a","timeout_s":NaN}',

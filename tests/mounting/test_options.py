@@ -34,7 +34,7 @@ def test_every_option() -> None:
     text = (
         "rw,upperdir=/u,workdir=/w,backend=fuse,offline,cache=/c,dev,suid,noexec,allow_other,insecure,"
         "foreground,timeout=2.5,platform=linux/arm64/v8,authfile=/a,ca=/1,ca=/2,index_repository=a.example/i,"
-        "index_repository=oci:/i"
+        "index_repository=oci:/i,learn=push"
     )
     assert parse([text]) == MountOptions(
         writable=True,
@@ -55,6 +55,7 @@ def test_every_option() -> None:
             auth_files=("/a",),
             ca_files=("/1", "/2"),
             index_repositories=("a.example/i", "oci:/i"),
+            learn="push",
         ),
     )
 
@@ -212,12 +213,26 @@ def test_index_repositories_of_the_environment(monkeypatch: pytest.MonkeyPatch) 
         parse([])
 
 
+def test_what_is_learned_may_be_said_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse([]).access.learns and parse(["learn=push"]).access.learns
+    assert not parse(["learn=off"]).access.learns
+    monkeypatch.setenv("LAZYFS_LEARN", "off")
+    assert not parse([]).access.learns
+    assert parse(["learn=local"]).access.learns
+    monkeypatch.setenv("LAZYFS_LEARN", "all")
+    with pytest.raises(UserError, match="LAZYFS_LEARN=all"):
+        parse([])
+    for text in ("learn", "learn=", "learn=all"):
+        with pytest.raises(UserError, match="learn"):
+            parse([text])
+
+
 # -- one table -------------------------------------------------------------------------------------------
 
 
 def test_every_option_of_the_table_is_parsed_and_explained() -> None:
     examples = {"backend": "fuse", "timeout": "5", "platform": "linux/arm64", "upperdir": "/u,rw"}
-    examples["index_repository"] = "a.example/indexes"
+    examples |= {"index_repository": "a.example/indexes", "learn": "push"}
     shown = _subcommand_help("mount")
     for option in options.OPTIONS:
         text = option.name if option.read is None else f"{option.name}={examples.get(option.name, '/x')}"
