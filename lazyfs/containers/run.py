@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from lazyfs.containers.bundle import BundleOptions, RootProvider, make_bundle
-from lazyfs.containers.runc import GRACE_S, Runc, checked_stop_signal, held_signals
+from lazyfs.containers.runc import GRACE_S, Runc, Start, checked_stop_signal, held_signals
 from lazyfs.containers.spec import SpecOptions
 from lazyfs.containers.store import Claim, ContainerStore, checked_name, default_directory
 from lazyfs.errors import LazyfsError, UserError
@@ -36,9 +36,16 @@ class RunRequest(NamedTuple):
     grace_s: float = GRACE_S
 
 
-def run(request: RunRequest, store: ContainerStore, roots: RootProvider, say: Callable[[str], None]) -> int:
-    """Runs it and returns the exit status: the container's; 128 + the signal that ended it, or this process; 125 if
-    runc could not start it, 126 or 127 if its command cannot be executed or found (runc has said why).
+def run(
+    request: RunRequest,
+    store: ContainerStore,
+    roots: RootProvider,
+    say: Callable[[str], None],
+    start: Start | None = None,
+) -> int:
+    """Runs it, watched by `start`, and returns the exit status: the container's; 128 + the signal that ended it, or
+    this process; 125 if runc could not start it, 126 or 127 if its command cannot be executed or found (runc has said
+    why).
 
     Raises LazyfsError if it was not run at all. On return the container is gone and its root unmounted, in every case.
     `say` gets lines for the user.
@@ -56,7 +63,7 @@ def run(request: RunRequest, store: ContainerStore, roots: RootProvider, say: Ca
         options = BundleOptions(
             spec._replace(hostname=spec.hostname or claim.name), request.user, request.mount, not request.remove
         )
-        return _run_claimed(claim, request, options, runc, roots, say)
+        return _run_claimed(claim, request, options, runc, roots, say, start)
 
 
 def _run_claimed(
@@ -66,6 +73,7 @@ def _run_claimed(
     runc: Runc,
     roots: RootProvider,
     say: Callable[[str], None],
+    start: Start | None,
 ) -> int:
     started = False
     with held_signals() as watched, _restored_terminal():
@@ -79,7 +87,8 @@ def _run_claimed(
             for note in made.notes:
                 say(note)
             stop_signal = checked_stop_signal(made.stop_signal)
-            status, started = runc.run(claim.directory, claim.name, stop_signal, request.grace_s, watched)
+            ended = runc.run(claim.directory, claim.name, stop_signal, request.grace_s, watched, start)
+            status, started = ended.status, ended.started
         except _Interrupted as interrupted:
             status = 128 + interrupted.number
         finally:

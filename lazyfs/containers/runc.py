@@ -4,6 +4,8 @@ runc passes every signal on to the container, and in a terminal the kernel sends
 process. So signals are received one by one (sigtimedwait), and passed on only if runc did not get them. SIGTERM means
 "stop": the image's stop signal, then, after a grace period, SIGKILL. SIGINT does the same, because the first process of
 a container ignores a SIGINT that it does not handle; a second SIGINT kills at once.
+
+What watches a start (Start) has it stopped by a signal of its own to this process's main thread.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lazyfs.errors import HostError
 from lazyfs.system.process import find_program
@@ -29,6 +31,7 @@ EXIT_NOT_FOUND = 127
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+_STOP = signal.SIGRTMIN  # from a Start: acts as SIGTERM does, but is no interruption
 _MAX_LOG_BYTES = 1 << 20
 
 
@@ -37,20 +40,35 @@ def held_signals() -> Iterator[frozenset[int]]:
     """Blocks the signals that would end this process; yields those to wait for. Signals that a parent has set to be
     ignored (nohup, a shell's background job) stay ignored."""
     watched = frozenset(s for s in (*_STOPPING, *_PASSED_ON) if signal.getsignal(s) is not signal.SIG_IGN)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched | {signal.SIGCHLD})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched | {signal.SIGCHLD, _STOP})
     try:
         yield watched
     finally:
-        while signal.sigtimedwait(watched | {signal.SIGCHLD}, 0) is not None:
+        while signal.sigtimedwait(watched | {signal.SIGCHLD, _STOP}, 0) is not None:
             pass  # came during clean-up: answered by ending
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Ended(NamedTuple):
-    """How a container ended: the exit status as a shell would have it, and whether its process ever ran."""
+    """How a container ended: the exit status as a shell would have it, whether its process ever ran, and whether a
+    signal to this process asked for the end."""
 
     status: int
     started: bool
+    interrupted: bool = False
+
+
+class Start(Protocol):
+    """Watches a container's start (readiness.py)."""
+
+    def streams(self) -> tuple[int, int, int]:
+        """Standard input, output and error for the container, in place of this process's. They stay the Start's."""
+
+    def begun(self, pid: int, stop: Callable[[], None]) -> None:
+        """runc runs as `pid`. `stop`, from any thread, ends the container as SIGTERM would."""
+
+    def ended(self, ended: Ended | None) -> None:
+        """The last call, after `streams`, whatever happened. None: it is not known how the container ended."""
 
 
 class Runc:
@@ -67,35 +85,68 @@ class Runc:
     def exists(self, name: str) -> bool:
         return os.path.exists(os.path.join(self._root, name))
 
-    def run(self, bundle: str, name: str, stop_signal: str, grace_s: float, watched: frozenset[int]) -> Ended:
+    def run(
+        self,
+        bundle: str,
+        name: str,
+        stop_signal: str,
+        grace_s: float,
+        watched: frozenset[int],
+        start: Start | None = None,
+    ) -> Ended:
         """Runs the bundle's container until it ends.
 
-        It has this process's standard streams. Call it inside `held_signals`, which yields `watched`. After an
-        exception the container may still exist: call `delete`.
+        It has this process's standard streams, or those of `start`. Call it in the main thread, inside `held_signals`,
+        which yields `watched`. After an exception the container may still exist: call `delete`.
         """
         log = os.path.join(bundle, "runc.log")
         command = self._command("--log", log, "--log-format", "json", "run", "--bundle", bundle, name)
-        default = (*watched, signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores the last two
+        if start is None:
+            return self._ended(self._spawn(command, watched), log, name, stop_signal, grace_s, watched)
+        import threading  # here: plain containers need none
+
+        main = threading.get_ident()
+        ended = None
         try:
-            pid = os.posix_spawn(self._program, command, os.environ, setsigmask=(), setsigdef=default)
+            pid = self._spawn(command, watched, start.streams())
+            start.begun(pid, lambda: signal.pthread_kill(main, _STOP))
+            ended = self._ended(pid, log, name, stop_signal, grace_s, watched)
+        finally:
+            start.ended(ended)
+        return ended
+
+    def _spawn(self, command: list[str], watched: frozenset[int], streams: tuple[int, ...] = ()) -> int:
+        """Starts runc and returns its process id."""
+        default = (*watched, signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores the last two
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams)]
+        try:
+            return os.posix_spawn(
+                self._program, command, os.environ, file_actions=actions, setsigmask=(), setsigdef=default
+            )
         except OSError as error:
             raise HostError(f"cannot execute {self._program}: {error.strerror}", "reinstall runc") from None
-        status = self._supervise(pid, name, stop_signal, grace_s, watched)
+
+    def _ended(
+        self, pid: int, log: str, name: str, stop_signal: str, grace_s: float, watched: frozenset[int]
+    ) -> Ended:
+        status, interrupted = self._supervise(pid, name, stop_signal, grace_s, watched)
         failure = _not_started(log) if status == 1 else 0
-        return Ended(failure or status, started=not failure)
+        return Ended(failure or status, not failure, interrupted)
 
     def _supervise(
         self, pid: int, name: str, stop_signal: str, grace_s: float, watched: frozenset[int]
-    ) -> int:
+    ) -> tuple[int, bool]:
+        """The exit status, and whether a signal asked for the end."""
         deadline: float | None = None
         kills = 0
+        interrupted = False
         while True:
             wait_s = 3600.0 if deadline is None else max(0.0, deadline - time.monotonic())
-            received = signal.sigtimedwait(watched | {signal.SIGCHLD}, wait_s)
+            received = signal.sigtimedwait(watched | {signal.SIGCHLD, _STOP}, wait_s)
             ended, wait_status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 status = os.waitstatus_to_exitcode(wait_status)
-                return 128 - status if status < 0 else status
+                return 128 - status if status < 0 else status, interrupted
             if received is None:
                 if deadline is not None and time.monotonic() >= deadline:
                     # Kills the container first, then runc if that does not end; `delete` does the rest.
@@ -105,6 +156,10 @@ class Runc:
                     deadline = time.monotonic() + grace_s
                 continue
             number = received.si_signo
+            if number == _STOP:
+                number = signal.SIGTERM
+            elif number in _STOPPING:
+                interrupted = True
             from_terminal = received.si_code > 0  # SI_KERNEL: sent to runc as well
             if number != signal.SIGCHLD and not from_terminal:
                 wanted = stop_signal if number == signal.SIGTERM else signal.Signals(number).name
