@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import select
 import shutil
 import sys
 import tempfile
@@ -32,17 +31,16 @@ from lazyfs.containers.roots import MountedRoots
 from lazyfs.containers.run import RunRequest, run
 from lazyfs.containers.spec import SpecOptions
 from lazyfs.containers.store import ContainerStore
-from lazyfs.control import client, query, rundir
+from lazyfs.control import query, rundir
 from lazyfs.core.index.analysis import ImageAnalysis, analyse
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.oci.digests import ContentRoot, Digest
-from lazyfs.errors import HostError, LazyfsError
+from lazyfs.errors import HostError
 from lazyfs.images.documents import Found, Missing, find_index, load_config
 from lazyfs.images.resolve import close_source
 from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
 from lazyfs.mounting.options import MountOptions, quote
-
-_DAEMON_END_S = 10.0
+from lazyfs.mounting.owndaemon import end_daemon
 
 
 def analyze(args: argparse.Namespace) -> int:
@@ -162,36 +160,9 @@ def _empty_cache(cache: CacheDirectory, manifest_digest: Digest) -> Iterator[Cac
         try:
             yield private
         finally:
-            _end_daemon(private.path)
+            end_daemon(rundir.runtime_directory(private.path))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _end_daemon(cache_path: str) -> None:
-    """Ends the processes of the cache, after the container. They work in the cache until they have ended."""
-    runtime = rundir.runtime_directory(cache_path)
-    socket_path = rundir.control_socket(runtime)
-    process_fds = _processes_of(cache_path)
-    with contextlib.suppress(LazyfsError):
-        client.ask_once(socket_path, {"op": "stop"}, _DAEMON_END_S)
-    deadline_s = time.monotonic() + _DAEMON_END_S
-    for process_fd in process_fds:
-        select.select([process_fd], [], [], max(0.0, deadline_s - time.monotonic()))
-        os.close(process_fd)
-    shutil.rmtree(runtime, ignore_errors=True)
-
-
-def _processes_of(cache_path: str) -> list[int]:
-    """Descriptors of the processes that were started for a cache, each readable when it has ended. Found by their
-    command lines, because one that is ending no longer listens."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                words = file.read().split(b"\0")
-            if os.fsencode(cache_path) in words and any(word.startswith(b"lazyfs.") for word in words):
-                found.append(os.pidfd_open(int(pid)))
-    return found
 
 
 @contextlib.contextmanager

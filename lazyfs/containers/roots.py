@@ -14,13 +14,15 @@ from lazyfs.system.mountinfo import mount_at
 
 
 class MountedRoots:
-    """Implements RootProvider. `reporter` shows the progress of mounts."""
+    """Implements RootProvider. `reporter` shows the progress of mounts. `own_runtime`: the runtime directory of a
+    daemon that is only for them, and sees every read."""
 
-    def __init__(self, reporter: Reporter = SILENT) -> None:
+    def __init__(self, reporter: Reporter = SILENT, own_runtime: str | None = None) -> None:
         self._reporter = reporter
+        self._own_runtime = own_runtime
 
     def attach(self, image: str, target: str, options: MountOptions) -> MountedImage:
-        mounted = mount.mount(image, target, options, reporter=self._reporter)
+        mounted = mount.mount(image, target, options, reporter=self._reporter, own_runtime=self._own_runtime)
         try:
             config = cached_config(places.cache_directory(options.cache), mounted.manifest_digest)
             return MountedImage(config, mounted.manifest_digest, mounted.image)

@@ -12,10 +12,11 @@ One request a line, answered by any number of ``{"progress": text}`` lines and t
 
 Requests (control/requests.py: a record and a parser for each, control/replies.py: the fields of its answer):
 
-    {"op": "lease", "image", "access": {...}, "timeout_s", "push_index"}
+    {"op": "lease", "image", "access": {...}, "timeout_s", "push_index", "traced"}
         A lease of the image, until this connection ends. "access" is the record of sources/access.py. "push_index":
-        the client makes a missing index itself, because it pushes it.
-    {"op": "fuse_mount", "image", "access", "timeout_s", "push_index", "target", "allow_other", "exec"}
+        the client makes a missing index itself, because it pushes it. "traced": if the image is not mounted yet, all of
+        its layers are read through the daemon, sealed ones, too.
+    {"op": "fuse_mount", "image", "access", "timeout_s", "push_index", "traced", "target", "allow_other", "exec"}
         The same, sent to a ``lazyfs.daemon.fuseworker`` process over the socket pair it is started with. It mounts at
         `target` itself and sends no descriptor.
     {"op": "attached", "attached": {"dev": "MAJ:MIN", "target", "ephemeral_upper": path or null, "image_dev"}}

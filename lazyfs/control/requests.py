@@ -19,6 +19,7 @@ class Mount(NamedTuple):
     access: Access = Access()
     timeout_s: float = 30.0
     push_index: bool = False
+    traced: bool = False
 
 
 class FuseMount(NamedTuple):
@@ -130,6 +131,7 @@ def _mount(message: Mapping[str, Any], more: frozenset[str] = frozenset()) -> Mo
         access=parse_access(message.get("access", {})),
         timeout_s=parse_timeout(message.get("timeout_s", 30.0)),
         push_index=_boolean(message.get("push_index", False), "push_index"),
+        traced=_boolean(message.get("traced", False), "traced"),
     )
 
 

@@ -2,7 +2,8 @@
 
     root: /run/lazyfs/KEY       others: $XDG_RUNTIME_DIR/lazyfs/KEY or /tmp/lazyfs-UID/KEY
 
-KEY is the beginning of the sha256 of the cache's real path: one daemon, so one socket, per cache.
+KEY is the beginning of the sha256 of the cache's real path: one daemon, so one socket, per cache. A daemon that belongs
+to one command (mounting/owndaemon.py) has a random KEY.
 """
 
 from __future__ import annotations
@@ -39,12 +40,21 @@ def _bases() -> list[str]:
 
 def runtime_directory(cache: str) -> str:
     """The runtime directory of the daemon of `cache`; made (0700) if it is missing. Raises HostError."""
+    return _made(key_of(cache))
+
+
+def own_runtime_directory() -> str:
+    """A new runtime directory (0700) that no other daemon has. Raises HostError."""
+    return _made(f"own-{os.urandom(8).hex()}")
+
+
+def _made(key: str) -> str:
     problem: LazyfsError | None = None
     for base in _bases():
         try:
             make_private(base)
             check_private(base, "runtime directory", f"remove {base}")
-            path = os.path.join(base, key_of(cache))
+            path = os.path.join(base, key)
             make_private(path)
             check_private(path, "runtime directory", f"remove {path}")
             return path

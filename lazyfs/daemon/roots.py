@@ -150,7 +150,7 @@ class Roots:
             root = self._roots.get(image.manifest_digest)
             joined = root is not None
             if root is None:
-                root = await self._mount(image, request.access, request.timeout_s)
+                root = await self._mount(image, request.access, request.timeout_s, request.traced)
             lease = Lease(root, joined)
         try:
             if joined:
@@ -200,10 +200,10 @@ class Roots:
 
     # -- mounting and letting go ---------------------------------------------------------------------------
 
-    async def _mount(self, image: Image, access: Access, timeout_s: float) -> Root:
+    async def _mount(self, image: Image, access: Access, timeout_s: float, traced: bool) -> Root:
         try:
             self._devices.add(image)
-            direct = frozenset(one.content_root for one in image.layers if one.layer.is_sealed())
+            direct = frozenset(one.content_root for one in image.layers if not traced and one.layer.is_sealed())
             devices = [
                 one.layer.open_data_path()
                 if one.content_root in direct

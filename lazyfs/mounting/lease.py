@@ -38,10 +38,12 @@ class Wanted(NamedTuple):
     allow_other: bool = False  # fuse only
     executable: bool = True  # fuse only, where it is mounted at `place`
     place: str | None = None
+    traced: bool = False  # the daemon shall see every read
 
     def request(self) -> dict[str, Any]:
         """What of it the daemon has to know."""
         return {
+            **({"traced": True} if self.traced else {}),  # an older daemon does not know the key
             "image": self.image,
             "access": self.access.for_user_of(os.environ).to_json(),
             "timeout_s": self.timeout_s,

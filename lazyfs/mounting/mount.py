@@ -29,10 +29,12 @@ def mount(
     namespace: str | None = None,
     reporter: Reporter = SILENT,
     on_attached: Callable[[Mounted], None] | None = None,
+    own_runtime: str | None = None,
 ) -> Mounted:
     """Mounts `image` at the directory `target` and returns when the root is usable. `namespace`: a mount namespace to
     enter before attaching; the process stays in it. `on_attached` is called as soon as the mount is there, with no
-    signal in between. Raises LazyfsError."""
+    signal in between. `own_runtime`: the runtime directory of a daemon of its own (owndaemon.py), which sees every
+    read. Raises LazyfsError."""
     image = absolute_reference(image)
     backend = choose_backend(options, namespace)
     if namespace is None:
@@ -42,13 +44,14 @@ def mount(
         image,
         options.access,
         cache,
-        rundir.runtime_directory(cache),
+        own_runtime or rundir.runtime_directory(cache),
         backend="fuse" if backend == "fuse" else options.backend,
         timeout_s=options.timeout_s,
         push_index=push_index,
         allow_other=options.allow_other,
         executable=options.executable,
         place=target,
+        traced=own_runtime is not None,
     )
     with acquire(wanted, reporter) as lease:
         if not options.writable:

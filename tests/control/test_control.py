@@ -66,6 +66,13 @@ def test_access_travels_as_it_is() -> None:
     assert from_json(Access().to_json()) == Access()
 
 
+def test_a_lease_for_a_trace() -> None:
+    line = messages.encode({"op": "lease", "image": "a", "traced": True})
+    assert requests.parse_request(line) == Mount("a", traced=True)
+    with pytest.raises(ProtocolError, match="traced"):
+        requests.parse_request(messages.encode({"op": "lease", "image": "a", "traced": 1}))
+
+
 def test_a_fuse_mount_request() -> None:
     line = messages.encode(
         {"op": "fuse_mount", "image": "a", "target": "/t", "allow_other": True, "exec": False}
@@ -158,7 +165,7 @@ def test_any_line_is_parsed_or_refused(line: bytes) -> None:
         {"op": st.sampled_from(list(requests.OPERATIONS))},
         optional={
             name: JSON
-            for name in "image access timeout_s push_index dev attached target allow_other exec name".split()  # noqa: SIM905
+            for name in "image access timeout_s push_index traced dev attached target allow_other exec name".split()  # noqa: SIM905
         },
     )
 )

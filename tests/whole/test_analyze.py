@@ -92,7 +92,8 @@ def test_what_a_start_reads(machine: Host, pushed: Pushed, registry: RegistrySer
     assert start["fetched_bytes"] > 100_000 and start["requests"] > 1
     assert figure.read_bytes().startswith(PNG)
     assert not list((machine.cache / "tmp").iterdir())
-    assert set(leaks.RUNTIME_ROOT.iterdir()) == runtimes
+    new = set(leaks.RUNTIME_ROOT.iterdir()) - runtimes
+    assert [one for one in new if not (one / "cache").is_symlink()] == []  # others' daemons have one; see leaks.py
     text = machine.lazyfs("analyze", "-o", machine.options, image, "--", "true").stdout
     assert "DEPTH" in text and "a start reads" in text
 
