@@ -16,7 +16,7 @@ from tests.layertar import LayerTar
 from tests.layout import GZIP, Layout
 from tests.servers import RegistryServer
 from tests.whole.conftest import Pushed
-from tests.whole.mounting import Host, host, processes
+from tests.whole.mounting import Host, host, processes, wait_until
 
 PNG = b"\x89PNG"
 
