@@ -166,7 +166,7 @@ def test_the_client_loads_this_and_no_more() -> None:
         """
         errors records commands.end commands.mounthelper cache.places control.client control.messages control.rundir
         mounting.acquire mounting.attach mounting.launch mounting.lease mounting.mount mounting.options mounting.target
-        sources.access system.devices system.host system.lightjson system.private system.process system.sockets
+        sources.access system.devices system.host core.lightjson system.private system.process system.sockets
         system.startup
         """.split()  # noqa: SIM905 -- easier to read
     )

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 
 from lazyfs.cache import uppers
 from lazyfs.cache.directory import CacheDirectory
-from lazyfs.cache.locks import exclusive
+from lazyfs.cache.locks import Exclusive
 from lazyfs.cache.places import LOCK, REMOVED
 from lazyfs.cache.profiles import trim_profiles
-from lazyfs.core.oci.digests import ContentRoot, Digest
-from lazyfs.core.oci.reference import is_digest
+from lazyfs.core.oci.digests import ContentRoot, Digest, is_digest
 from lazyfs.errors import LazyfsError
 
 # A download in progress touches its directory in tmp/ all the time: whatever is so old is rubbish.
@@ -49,7 +48,7 @@ def entries(cache: CacheDirectory) -> list[Entry]:
         lock = os.path.join(path, LOCK)
         with contextlib.suppress(FileNotFoundError):
             used_at_s = os.stat(lock if os.path.exists(lock) else path).st_mtime
-            with exclusive(lock) as free:
+            with Exclusive(lock) as free:
                 in_use = not free and os.path.exists(lock)
             found.append(Entry(kind, os.path.basename(path), path, _disk_bytes(path), used_at_s, in_use))
     for upper in uppers.records(cache.path):
@@ -66,7 +65,7 @@ def remove(cache: CacheDirectory, entry: Entry) -> bool:
         return uppers.remove(cache.path, entry.path)
     lock = os.path.join(entry.path, LOCK)
     if os.path.exists(lock):
-        with exclusive(lock) as free:
+        with Exclusive(lock) as free:
             if not free:
                 return False
             grave = cache.set_aside(entry.path)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
 
 
 def lock_shared(fd: int, lock_path: str) -> bool:
@@ -27,20 +25,29 @@ def _still_named(fd: int, path: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def exclusive(lock_path: str) -> Iterator[bool]:
-    """Whether nobody holds the lock file; while the context lasts nobody can take it. Missing file: False."""
-    try:
-        fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        yield False
-        return
-    try:
+class Exclusive:
+    """A context manager that says whether nobody holds the lock file. While the context lasts nobody can take it.
+    Missing file: False. (A class, because contextlib takes 4 ms to import.)"""
+
+    def __init__(self, lock_path: str) -> None:
+        self._path = lock_path
+        self._fd = -1
+
+    def __enter__(self) -> bool:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = _still_named(fd, lock_path)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _still_named(self._fd, self._path)
         except BlockingIOError:
-            locked = False
-        yield locked
-    finally:
-        os.close(fd)
+            return False
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from lazyfs.containers.bundle import BundleOptions, make_bundle
 from lazyfs.containers.runc import GRACE_S
@@ -16,7 +13,11 @@ from lazyfs.errors import UserError
 from lazyfs.mounting import options as mount_options
 from lazyfs.mounting.options import MountOptions
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
+
+    from lazyfs.commands.bars import LayerBars
     from lazyfs.containers.bundle import RootProvider
     from lazyfs.containers.run import RunRequest
 
@@ -26,9 +27,7 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     _add_container_arguments(parser)
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("directory", metavar="DIR", help="made, or empty")
-    parser.add_argument(
-        "command", metavar="CMD", nargs=argparse.REMAINDER, help="instead of the image's command"
-    )
+    _add_command(parser)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +46,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="from a signal to end until the container is killed (default: %(default)s)",
     )
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument(
-        "command", metavar="CMD", nargs=argparse.REMAINDER, help="instead of the image's command"
-    )
+    _add_command(parser)
+
+
+def _add_command(parser: argparse.ArgumentParser) -> None:
+    remainder = "..."  # argparse.REMAINDER, without its import
+    parser.add_argument("command", metavar="CMD", nargs=remainder, help="instead of the image's command")
 
 
 def _add_container_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,11 +98,16 @@ def run(args: argparse.Namespace) -> int:
 
 def lazy_roots() -> RootProvider:
     """Roots that lazyfs mounts, with lines and bars for the user."""
-    from lazyfs.commands.bars import layer_bars
     from lazyfs.containers.roots import MountedRoots
     from lazyfs.mounting.lease import Reporter
 
-    return MountedRoots(Reporter(say, layer_bars))
+    return MountedRoots(Reporter(say, _bars))
+
+
+def _bars() -> LayerBars:
+    from lazyfs.commands.bars import layer_bars
+
+    return layer_bars()
 
 
 def say(text: str) -> None:
@@ -156,9 +163,11 @@ def container_spec(args: argparse.Namespace) -> SpecOptions:
 
 def _terminal_size() -> tuple[int, int] | None:
     for fd in (0, 1, 2):
-        with contextlib.suppress(OSError):
+        try:
             columns, lines = os.get_terminal_size(fd)
             return columns, lines
+        except OSError:
+            continue
     return None
 
 

@@ -7,11 +7,12 @@ Formats: passwd(5), group(5). Rules: OCI image-spec conversion.md, "Config.User"
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import NamedTuple
-
 from lazyfs.errors import ImageError
+from lazyfs.records import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_ACCOUNT_FILE_BYTES = 1 << 20
 """An account file over this is refused, not read (memory exhaustion, CVE-2026-47262). Debian's: 1 KiB."""
@@ -21,8 +22,6 @@ MAX_ID = 2**31 - 1
 
 MAX_ADDITIONAL_GROUPS = 65536
 """NGROUPS_MAX, setgroups(2)."""
-
-_DECIMAL = re.compile(r"[0-9]+\Z", re.ASCII)
 
 
 class Account(NamedTuple):
@@ -55,7 +54,7 @@ def resolve_user(user: str, passwd_bytes: bytes, group_bytes: bytes) -> Account:
     home = "/"
     gid = 0
     name = b""
-    if not who or _DECIMAL.match(who):
+    if not who or _is_decimal(who):
         uid = _checked_id(who or "0", "user")
         known = _passwd_entry(passwd_bytes, uid=uid)
         if known is not None:
@@ -81,6 +80,10 @@ def _is_text(value: str) -> bool:
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in value)
 
 
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def _checked_id(digits: str, what: str) -> int:
     # The length is checked first: int() of a very long string is slow, or refused.
     if len(digits.lstrip("0")) > 10 or int(digits) > MAX_ID:
@@ -102,7 +105,7 @@ def _fields(content: bytes, count: int) -> Iterator[list[bytes]]:
 
 def _number(field: bytes) -> int | None:
     text = field.decode("ascii", "replace")
-    if not _DECIMAL.match(text) or len(text) > 10:
+    if not _is_decimal(text) or len(text) > 10:
         return None
     return int(text)
 
@@ -132,7 +135,7 @@ def _home(field: bytes) -> str:
 
 
 def _group_id(content: bytes, group: str) -> int:
-    if _DECIMAL.match(group):
+    if _is_decimal(group):
         return _checked_id(group, "group")
     wanted = group.encode()
     for fields in _fields(content, 3):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pwd
-from collections.abc import Sequence
 
 from lazyfs.containers.specmounts import IdRange
 from lazyfs.system.process import find_program
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _MAX_SUBID_BYTES = 1 << 20
 
@@ -18,8 +20,10 @@ def rootless_ranges() -> tuple[tuple[IdRange, ...], tuple[IdRange, ...]]:
     subordinate ids, if there are any and newuidmap(1) can map them."""
     uid, gid = os.getuid(), os.getgid()
     names = [str(uid)]
-    with contextlib.suppress(KeyError):
+    try:  # noqa: SIM105 - contextlib takes 2 ms to import
         names.append(pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        pass  # a number without a name
     uids, gids = _subordinate("/etc/subuid", names), _subordinate("/etc/subgid", names)
     if not (uids and gids and find_program("newuidmap") and find_program("newgidmap")):
         uids = gids = ()

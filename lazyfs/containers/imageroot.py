@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import TracebackType
 
 from lazyfs.containers.accounts import MAX_ACCOUNT_FILE_BYTES
 from lazyfs.errors import HostError, ImageError
 from lazyfs.system.syscalls import SyscallError, openat2_in_root
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
 
 _MAX_SYMLINKS = 40  # as the kernel: path_resolution(7)
 _MAX_PATH_BYTES = 4096
@@ -117,17 +118,26 @@ class ImageRoot:
                 return None
             return os.readlink("", dir_fd=fd)
 
-    @contextmanager
-    def _opened(self, path: str, flags: int = 0) -> Iterator[int | None]:
+    def _opened(self, path: str, flags: int = 0) -> _Opened:
         try:
-            fd = openat2_in_root(self._fd, path, os.O_PATH | flags)
+            return _Opened(openat2_in_root(self._fd, path, os.O_PATH | flags))
         except SyscallError as error:
             if error.errno in _ABSENT:
-                fd = None
-            else:
-                raise
-        try:
-            yield fd
-        finally:
-            if fd is not None:
-                os.close(fd)
+                return _Opened(None)
+            raise
+
+
+class _Opened:
+    """A descriptor, or None if there is no such path, that is closed at the end of a `with`."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> int | None:
+        return self._fd
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._fd is not None:
+            os.close(self._fd)

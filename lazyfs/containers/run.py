@@ -5,22 +5,28 @@ Without `remove` the container's directory (store.py) stays with what it wrote, 
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import signal
 import termios
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import NamedTuple
 
-from lazyfs.containers.bundle import BundleOptions, RootProvider, make_bundle
-from lazyfs.containers.runc import GRACE_S, Runc, Start, checked_stop_signal, held_signals
+from lazyfs.containers.bundle import BundleOptions, make_bundle
+from lazyfs.containers.runc import GRACE_S, HeldSignals, Runc
 from lazyfs.containers.spec import SpecOptions
-from lazyfs.containers.store import Claim, ContainerStore, checked_name, default_directory
+from lazyfs.containers.store import checked_name, default_directory
 from lazyfs.errors import LazyfsError, UserError
 from lazyfs.mounting.options import MountOptions
+from lazyfs.records import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+    from types import FrameType
+
+    from lazyfs.containers.bundle import Bundle, RootProvider
+    from lazyfs.containers.runc import Start
+    from lazyfs.containers.store import Claim, ContainerStore
+else:
+    import _signal as signal  # what `signal` makes enumerations of, which takes 5 ms
 
 
 class RunRequest(NamedTuple):
@@ -76,24 +82,43 @@ def _run_claimed(
     start: Start | None,
 ) -> int:
     started = False
-    with held_signals() as watched, _restored_terminal():
+    with HeldSignals() as watched, _RestoredTerminal():
         try:
-            with _delivered(watched):
-                if os.listdir(claim.directory):  # a killed process left it
-                    roots.detach(os.path.join(claim.directory, "rootfs"))
-                    claim.clear(keep_itself=True)
-                record = functools.partial(claim.record, keep=not request.remove)
-                made = make_bundle(request.image, claim.directory, options, roots, record)
+            made = _prepared(claim, request, options, roots, watched)
             for note in made.notes:
                 say(note)
-            stop_signal = checked_stop_signal(made.stop_signal)
-            ended = runc.run(claim.directory, claim.name, stop_signal, request.grace_s, watched, start)
+            ended = runc.run(claim.directory, claim.name, made.stop_signal, request.grace_s, watched, start)
             status, started = ended.status, ended.started
         except _Interrupted as interrupted:
             status = 128 + interrupted.number
         finally:
             _clean_up(runc, claim, roots, keep=started and not request.remove, say=say)
     return status
+
+
+def _prepared(
+    claim: Claim, request: RunRequest, options: BundleOptions, roots: RootProvider, watched: frozenset[int]
+) -> Bundle:
+    """The container's bundle. As long as it is made, the signals that `HeldSignals` holds come as _Interrupted."""
+    before = {number: signal.signal(number, _interrupt) for number in watched}
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+        if os.listdir(claim.directory):  # a killed process left it
+            roots.detach(os.path.join(claim.directory, "rootfs"))
+            claim.clear(keep_itself=True)
+        return make_bundle(
+            request.image,
+            claim.directory,
+            options,
+            roots,
+            lambda image: claim.record(image, keep=not request.remove),
+        )
+    finally:
+        try:  # in no function of its own: one that is called begins by delivering signals
+            signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _clean_up(runc: Runc, claim: Claim, roots: RootProvider, keep: bool, say: Callable[[str], None]) -> None:
@@ -132,32 +157,18 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     raise _Interrupted(number)
 
 
-@contextmanager
-def _delivered(watched: frozenset[int]) -> Iterator[None]:
-    """Inside `held_signals`: lets the signals through again, as _Interrupted."""
-    before = {number: signal.signal(number, _interrupt) for number in watched}
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
-        yield
-    finally:
+class _RestoredTerminal:
+    """A context manager that puts the terminal's settings back, should runc be killed while they are raw."""
+
+    def __enter__(self) -> None:
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._before = termios.tcgetattr(0)
+        except termios.error:
+            self._before = []  # there is no terminal
 
-
-@contextmanager
-def _restored_terminal() -> Iterator[None]:
-    """Puts the terminal's settings back, should runc be killed while they are raw."""
-    try:
-        before = termios.tcgetattr(0)
-    except termios.error:
-        yield
-        return
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError, termios.error):
-            if os.tcgetpgrp(0) == os.getpgrp():  # a background process would be stopped
-                termios.tcsetattr(0, termios.TCSADRAIN, before)
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._before and os.tcgetpgrp(0) == os.getpgrp():  # a background process would be stopped
+                termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+        except (OSError, termios.error):
+            pass  # it has gone

@@ -10,16 +10,23 @@ What watches a start (Start) has it stopped by a signal of its own to this proce
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
 
+from lazyfs.core import lightjson
 from lazyfs.errors import HostError
+from lazyfs.records import NamedTuple
 from lazyfs.system.process import find_program
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable, Sequence
+    from typing import Protocol
+else:
+    import _signal as signal  # what `signal` makes enumerations of, which takes 5 ms
+
+    Protocol = object
 
 GRACE_S = 10.0
 _COMMAND_S = 20.0
@@ -35,18 +42,20 @@ _STOP = signal.SIGRTMIN  # from a Start: acts as SIGTERM does, but is no interru
 _MAX_LOG_BYTES = 1 << 20
 
 
-@contextmanager
-def held_signals() -> Iterator[frozenset[int]]:
-    """Blocks the signals that would end this process; yields those to wait for. Signals that a parent has set to be
-    ignored (nohup, a shell's background job) stay ignored."""
-    watched = frozenset(s for s in (*_STOPPING, *_PASSED_ON) if signal.getsignal(s) is not signal.SIG_IGN)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched | {signal.SIGCHLD, _STOP})
-    try:
-        yield watched
-    finally:
-        while signal.sigtimedwait(watched | {signal.SIGCHLD, _STOP}, 0) is not None:
+class HeldSignals:
+    """A context manager that blocks the signals that would end this process, and gives those to wait for. Signals that
+    a parent has set to be ignored (nohup, a shell's background job) stay ignored."""
+
+    def __enter__(self) -> frozenset[int]:
+        stopping = (*_STOPPING, *_PASSED_ON)
+        self._watched = frozenset(s for s in stopping if signal.getsignal(s) != signal.SIG_IGN)
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._watched | {signal.SIGCHLD, _STOP})
+        return self._watched
+
+    def __exit__(self, *_: object) -> None:
+        while signal.sigtimedwait(self._watched | {signal.SIGCHLD, _STOP}, 0) is not None:
             pass  # came during clean-up: answered by ending
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
 
 class Ended(NamedTuple):
@@ -96,8 +105,9 @@ class Runc:
     ) -> Ended:
         """Runs the bundle's container until it ends.
 
-        It has this process's standard streams, or those of `start`. Call it in the main thread, inside `held_signals`,
-        which yields `watched`. After an exception the container may still exist: call `delete`.
+        It has this process's standard streams, or those of `start`. `stop_signal`: as the image has it. Call it in the
+        main thread, inside `HeldSignals`, which gives `watched`. After an exception the container may still exist: call
+        `delete`.
         """
         log = os.path.join(bundle, "runc.log")
         command = self._command("--log", log, "--log-format", "json", "run", "--bundle", bundle, name)
@@ -162,7 +172,7 @@ class Runc:
                 interrupted = True
             from_terminal = received.si_code > 0  # SI_KERNEL: sent to runc as well
             if number != signal.SIGCHLD and not from_terminal:
-                wanted = stop_signal if number == signal.SIGTERM else signal.Signals(number).name
+                wanted = checked_stop_signal(stop_signal) if number == signal.SIGTERM else str(int(number))
                 # Not through the running runc, which dies of the signal until it has set up its handlers. If there
                 # is no container yet, that is what is wanted.
                 if not self.kill(name, wanted):
@@ -211,7 +221,7 @@ def _not_started(log: str) -> int:
         return 0
     for line in lines:
         try:
-            message = json.loads(line)["msg"]
+            message = lightjson.loads(line.decode())["msg"]
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(message, str) and message.startswith("runc run failed:"):
@@ -224,6 +234,8 @@ def _not_started(log: str) -> int:
 def checked_stop_signal(text: str) -> str:
     """`text` (the image's StopSignal: "SIGQUIT", "QUIT", "3", "SIGRTMIN+3") as `runc kill` takes it, or
     "TERM" if it is nothing of the kind."""
+    from signal import Signals
+
     name = text.strip().upper()
     if name.isascii() and name.isdecimal() and len(name) <= 2 and 1 <= int(name) <= signal.SIGRTMAX:
         return name
@@ -231,5 +243,5 @@ def checked_stop_signal(text: str) -> str:
     if base == "RTMIN" and (not plus or (offset.isascii() and offset.isdecimal() and len(offset) <= 2)):
         number = signal.SIGRTMIN + int(offset or 0)
         return str(number) if number <= signal.SIGRTMAX else "TERM"
-    known: Sequence[str] = [s.name for s in signal.Signals]
+    known: Sequence[str] = [s.name for s in Signals]
     return base if not plus and f"SIG{base}" in known else "TERM"

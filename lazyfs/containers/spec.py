@@ -12,13 +12,17 @@ labels become annotations only by an allow-list, because runtimes obey annotatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
 from lazyfs.containers.accounts import MAX_ID, Account
 from lazyfs.containers.specmounts import IdRange, Mount, checked_text, forbidden_place, ordered_mounts
-from lazyfs.core.oci.documents import ImageConfig
 from lazyfs.errors import ImageError, UserError
+from lazyfs.records import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from lazyfs.core.oci.documents import ImageConfig
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

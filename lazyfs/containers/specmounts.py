@@ -6,11 +6,15 @@ Pure. Form: OCI runtime-spec config.md, "Mounts"; the defaults are those of `run
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-from lazyfs.core.oci.documents import ImageConfig
 from lazyfs.errors import ImageError, UserError
+from lazyfs.records import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lazyfs.core.oci.documents import ImageConfig
 
 MAX_VOLUMES = 128
 

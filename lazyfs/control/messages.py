@@ -39,8 +39,8 @@ The light `mount` client imports this module: standard library only, and no reco
 
 from __future__ import annotations
 
+from lazyfs.core import lightjson
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, Unsupported, UserError
-from lazyfs.system import lightjson
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

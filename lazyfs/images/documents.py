@@ -19,9 +19,9 @@ from lazyfs.core.erofs.metadata import Metadata
 from lazyfs.core.index import imageindex, v1
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.layerindex import LayerHead
-from lazyfs.core.oci.digests import ContentRoot, Digest
+from lazyfs.core.oci.digests import ContentRoot, Digest, is_digest
 from lazyfs.core.oci.documents import MAX_CONFIG_BYTES, Descriptor, Manifest, parse_config, parse_manifest
-from lazyfs.core.oci.reference import is_digest, parse_reference
+from lazyfs.core.oci.reference import parse_reference
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.images.elsewhere import IndexRepository, delivery_for
 from lazyfs.images.heads import Heads, check_fits

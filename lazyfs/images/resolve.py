@@ -17,10 +17,10 @@ import trio
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory, make_index_directory, read_file
-from lazyfs.core.oci.digests import Digest, sha256_digest
+from lazyfs.core.oci.digests import Digest, is_digest, sha256_digest
 from lazyfs.core.oci.documents import MAX_INDEX_DEPTH, Manifest, parse_manifest
 from lazyfs.core.oci.platforms import host_platform, select_platform
-from lazyfs.core.oci.reference import Reference, is_digest, parse_reference
+from lazyfs.core.oci.reference import Reference, parse_reference
 from lazyfs.errors import ImageError, UserError
 from lazyfs.sources.access import Access
 from lazyfs.sources.source import Source, Sources, open_source

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import NamedTuple
 
 from lazyfs.cache import uppers
 from lazyfs.errors import HostError, UserError
 from lazyfs.mounting.lease import Lease
 from lazyfs.mounting.options import MountOptions
+from lazyfs.records import NamedTuple
 from lazyfs.system.detached import overlay_mount_detached
 from lazyfs.system.syscalls import SyscallError
 

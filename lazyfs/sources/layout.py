@@ -15,9 +15,9 @@ from typing import Any
 import trio
 
 from lazyfs.core.oci import digests, documents, referrers
-from lazyfs.core.oci.digests import Digest, DigestCheck
+from lazyfs.core.oci.digests import Digest, DigestCheck, is_digest
 from lazyfs.core.oci.documents import Descriptor
-from lazyfs.core.oci.reference import DirectoryReference, is_digest
+from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.errors import ImageError, NotFound, UserError
 from lazyfs.sources.directory import Directory
 from lazyfs.sources.transfer import Take, TransferCounters

@@ -13,9 +13,9 @@ from contextlib import AbstractAsyncContextManager
 import trio
 
 from lazyfs.core.oci import digests, documents
-from lazyfs.core.oci.digests import Digest
+from lazyfs.core.oci.digests import Digest, is_digest
 from lazyfs.core.oci.documents import Descriptor
-from lazyfs.core.oci.reference import RegistryReference, is_digest
+from lazyfs.core.oci.reference import RegistryReference
 from lazyfs.core.oci.referrers import add_to_index, listed_as, referrers_tag
 from lazyfs.errors import ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.sources.blobs import fetch_blob, fetch_range, open_blob_stream

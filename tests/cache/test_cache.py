@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazyfs.cache.directory import CacheDirectory
-from lazyfs.cache.locks import exclusive
+from lazyfs.cache.locks import Exclusive
 from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.errors import HostError, ImageError
 from tests.cache.cachelayers import LAYER, entry
@@ -280,12 +280,12 @@ def test_an_unknown_version_and_a_place_that_is_no_directory_are_refused(tmp_pat
 
 def test_the_exclusive_lock_is_only_had_of_an_entry_nobody_uses(store: CacheDirectory) -> None:
     path = entry(store, LAYER, "lock")
-    with exclusive(path) as free:
+    with Exclusive(path) as free:
         assert not free  # there is none
     layer = store.create_layer(LAYER.content_root, LAYER.table)
-    with exclusive(path) as free:
+    with Exclusive(path) as free:
         assert not free
     layer.close()
-    with exclusive(path) as free:
+    with Exclusive(path) as free:
         assert free
     shutil.rmtree(store.layer_path(LAYER.content_root))

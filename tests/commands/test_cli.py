@@ -154,13 +154,16 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_the_way_to_a_container_stays_light() -> None:
+    """What `run` and `bundle` import by their usual words."""
     loaded = modules_after(
-        "from lazyfs.commands import arguments, main\n"
-        "from lazyfs.containers import roots, run\n"
+        "from lazyfs.commands import containers, end, main, usual\n"
+        "from lazyfs.containers import roots, run, store\n"
         "from lazyfs.mounting import overlay\n"
-        "from lazyfs.system import detached, mountapi\n"
-        "arguments.parser(['run'])"
+        "from lazyfs.system import detached, mountapi, startup\n"
+        "containers.run_request(usual.parse(['run', '--rm', '-o', 'cache=/c', 'debian', 'sh']))"
     )
+    assert not loaded & LIGHT
+    loaded = modules_after("from lazyfs.commands import arguments; arguments.parser(['run'])")
     assert not loaded & HEAVY
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.oci.reference import DirectoryReference, RegistryReference, WebReference, is_digest, parse_reference
+from lazyfs.core.oci.digests import is_digest
+from lazyfs.core.oci.reference import DirectoryReference, RegistryReference, WebReference, parse_reference
 from lazyfs.errors import UserError
 
 DIGEST = "sha256:" + "ab" * 32

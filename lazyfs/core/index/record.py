@@ -8,8 +8,7 @@ from typing import Any
 from lazyfs.core.index.sections import number, sha256_hex, text
 from lazyfs.core.layer.blocks import MAX_DEVICE_BYTES, MAX_TAR_BYTES, PAGE_BYTES
 from lazyfs.core.layer.spans import Compression
-from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest
-from lazyfs.core.oci.reference import is_digest
+from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest, is_digest
 
 MAX_LAYERS = 1024
 MAX_BLOB_BYTES = 1 << 50

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from lazyfs.core.oci.digests import is_digest
 from lazyfs.errors import UserError
 
 MAX_REFERENCE_CHARS = 4096 + 512  # a path (PATH_MAX) and a tag or digest
@@ -20,7 +21,6 @@ _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
 _REGISTRY = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[(?:[a-fA-F0-9:]+)\])(?::[0-9]{{1,5}})?")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 # A name in an image layout's index.json (image-spec annotations.md, org.opencontainers.image.ref.name).
 _REF_NAME = re.compile(r"[A-Za-z0-9]+(?:(?:[-._:@/+]|--)[A-Za-z0-9]+)*")
 _UNSUPPORTED = ("oci-archive:", "docker-archive:", "docker-daemon:", "containers-storage:", "dir:")
@@ -103,11 +103,6 @@ def repository_of(reference: Reference) -> str:
     if isinstance(reference, RegistryReference):
         return str(reference._replace(tag=None, digest=None))
     return str(reference._replace(ref=None))
-
-
-def is_digest(text: str) -> bool:
-    """Whether `text` is a digest that lazyfs verifies (sha256 or sha512, lower-case hex)."""
-    return _DIGEST.fullmatch(text) is not None
 
 
 def _suffix(ref: str | None) -> str:

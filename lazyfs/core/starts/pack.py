@@ -27,8 +27,7 @@ from backports import zstd
 
 from lazyfs.core.index.sections import compress, decompress
 from lazyfs.core.layer.blocks import BLOCK_BYTES, MAX_BLOCKS
-from lazyfs.core.oci.digests import ContentRoot, Digest
-from lazyfs.core.oci.reference import is_digest
+from lazyfs.core.oci.digests import ContentRoot, Digest, is_digest
 from lazyfs.errors import ImageError
 
 PACK_ARTIFACT_TYPE = "application/vnd.lazyfs.pack.v1"

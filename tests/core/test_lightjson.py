@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.system import lightjson
+from lazyfs.core import lightjson
 
 TEXTS = st.text(st.characters(exclude_categories=[]))  # with lone surrogates: file names that are not UTF-8
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
@@ -43,6 +43,13 @@ def test_what_json_refuses_is_refused(text: str) -> None:
 def test_refused_texts(text: str) -> None:
     with pytest.raises(ValueError):
         lightjson.loads(text)
+
+
+def test_a_key_that_is_named_twice_can_be_refused() -> None:
+    assert lightjson.loads('{"a":1,"a":2}') == {"a": 2}
+    assert lightjson.loads('[{"a":1},{"a":2,"b":{"a":3}}]', unique_keys=True) == [{"a": 1}, {"a": 2, "b": {"a": 3}}]
+    with pytest.raises(ValueError):
+        lightjson.loads('[{"b":{"a":1,"a":1}}]', unique_keys=True)
 
 
 def test_deep_nesting_is_an_error_and_no_crash() -> None:

@@ -1,6 +1,7 @@
 """`json` for a few short lines: its C half alone. The module around it takes 8 ms to import, with re and enum.
 
-For what the client of a mount says to the daemon and hears. All else takes `json`, which tests compare this with.
+For what a light start reads and writes: messages to the daemon, an image's configuration, a container's. All else takes
+`json`, which tests compare this with.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class _Strict:
     """What the scanner asks for: RFC 8259, so no NaN and no Infinity."""
 
     strict = True
-    object_hook = object_pairs_hook = None
+    object_hook: Any = None
+    object_pairs_hook: Any = None
     parse_float = float
     parse_int = int
 
@@ -56,14 +58,25 @@ class _Strict:
         raise ValueError(f"{name} is not JSON")
 
 
+class _Unique(_Strict):
+    @staticmethod
+    def object_pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is named twice")
+        return found
+
+
 _scan: Callable[[str, int], tuple[Any, int]] = make_scanner(_Strict)  # type: ignore[arg-type]
+_scan_unique: Callable[[str, int], tuple[Any, int]] = make_scanner(_Unique)  # type: ignore[arg-type]
 
 
-def loads(text: str) -> Any:
-    """As json.loads, constants refused. Raises ValueError, RecursionError."""
+def loads(text: str, unique_keys: bool = False) -> Any:
+    """As json.loads, constants refused, and with `unique_keys` objects that name one twice. Raises ValueError,
+    RecursionError."""
     begin = len(text) - len(text.lstrip(" \t\n\r"))
     try:
-        value, end = _scan(text, begin)
+        value, end = (_scan_unique if unique_keys else _scan)(text, begin)
     except StopIteration:
         raise ValueError("no JSON") from None
     if text[end:].strip(" \t\n\r"):
