@@ -95,12 +95,21 @@ def parse_pax(payload: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def merge_global(known: Mapping[bytes, bytes], update: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """The global records after one more global header. Their total is bounded like one header."""
-    merged = {**known, **update}
-    if sum(len(key) + len(value) for key, value in merged.items()) > MAX_PAX_BYTES:
-        raise FormatError("its global pax headers are too large")
-    return merged
+def wrong_gnu_prefix(place: bytes) -> bytes:
+    """The beginning of a path that Go's writer before 1.8 (Docker until 1.12) put where the GNU format has two times,
+    from byte 345 of the header; empty if these are times.
+
+    Go's reader takes it for a path if one of the times is no number and all is ASCII.
+    """
+    times = place[:12], place[12:24]
+    try:
+        for time in times:
+            if time[0]:
+                number(time, "a time")
+    except FormatError:
+        prefix = place.partition(b"\0")[0]
+        return prefix if prefix.isascii() else b""
+    return b""
 
 
 def decimal(value: bytes, what: str) -> int:

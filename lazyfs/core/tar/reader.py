@@ -23,7 +23,8 @@ MAX_PATH = 4096  # linux/limits.h PATH_MAX
 MAX_NAME = 255  # linux/limits.h NAME_MAX
 MAX_TARGET = 4095  # PATH_MAX without its NUL: symlink(2), ENAMETOOLONG
 MAX_ENTRIES = 4_000_000  # a large image has 300,000; this bounds the memory of callers
-MAX_ID = 2**32 - 2  # (uid_t)-1 means "unchanged" to chown(2)
+MAX_ID = 2**32 - 2
+_UNCHANGED_IDS = (-1, MAX_ID + 1)  # to chown(2): what an unpacker that runs as root makes stays owned by root
 MAX_MAJOR, MAX_MINOR = 2**12 - 1, 2**20 - 1  # dev_t of the kernel: 12 and 20 bits
 
 _BLOCK = 512
@@ -77,17 +78,30 @@ class TarData:
 
 
 def normalise(raw: bytes) -> bytes:
-    """`raw` without a leading "/" and without empty and "." parts; b"" is the root itself.
+    """`raw` without a leading "/" and without empty, "." and ".." parts; b"" is the root itself.
 
-    Raises FormatError for "..", NUL bytes, parts over 255 and paths over 4096 bytes.
+    ".." takes away the part before it, whatever that is, and stays inside the root, as in containerd and umoci
+    (Go's filepath.Clean). Raises FormatError for NUL bytes, parts over 255 and paths over 4096 bytes.
     """
     parts = [part for part in raw.split(b"/") if part and part != b"."]
+    if b".." in parts:
+        parts = _without_parents(parts)
     path = b"/".join(parts)
     if len(path) > MAX_NAME and (len(path) > MAX_PATH or max(map(len, parts)) > MAX_NAME):
         raise FormatError("a path is too long")
-    if b".." in parts or b"\0" in path:
-        raise FormatError("a path holds '..' or a NUL byte")
+    if b"\0" in path:
+        raise FormatError("a path holds a NUL byte")
     return path
+
+
+def _without_parents(parts: list[bytes]) -> list[bytes]:
+    kept: list[bytes] = []
+    for part in parts:
+        if part != b"..":
+            kept.append(part)
+        elif kept:
+            kept.pop()
+    return kept
 
 
 class TarReader:
@@ -115,7 +129,6 @@ class TarReader:
         }
         self._zero_seen = False
         self._entries = 0
-        self._global: dict[bytes, bytes] = {}
         # What the headers before it say about the next member.
         self._pax: dict[bytes, bytes] | None = None
         self._long_name: bytes | None = None
@@ -214,7 +227,8 @@ class TarReader:
         self._pax = fields.parse_pax(self._payload(block))
 
     def _take_global(self, block: bytes) -> None:
-        self._global = fields.merge_global(self._global, fields.parse_pax(self._payload(block)))
+        """Global records say nothing about members: those who unpack with Go's archive/tar leave them out as well."""
+        fields.parse_pax(self._payload(block))
 
     def _take_long_name(self, block: bytes) -> None:
         self._long_name = _text(self._payload(block)) or None
@@ -230,6 +244,8 @@ class TarReader:
         name = _text(raw)
         if magic[:6] == b"ustar\0" and prefix[0]:  # in other formats these bytes have another meaning
             name = _text(prefix[:131] if trailer == b"tar\0" else prefix) + b"/" + name
+        elif magic == b"ustar  \0" and (wrong := fields.wrong_gnu_prefix(prefix)):
+            name = wrong + b"/" + name
         entry = TarEntry(
             path=name,
             kind=_KINDS.get(type_flag, Kind.FILE),
@@ -242,8 +258,8 @@ class TarReader:
             target=_text(target),
         )
         records: dict[bytes, bytes] = {}
-        if self._pax is not None or self._global:
-            records = {**self._global, **(self._pax or {})}
+        if self._pax is not None:
+            records = self._pax
             _override(entry, records)
         if self._long_name is not None:
             entry.path = self._long_name
@@ -253,8 +269,7 @@ class TarReader:
         if type_flag == b"\0" and entry.path.endswith(b"/"):  # v7 has no type for directories
             entry.kind = Kind.DIR
         entry.path = normalise(entry.path)
-        if not (0 <= entry.uid <= MAX_ID and 0 <= entry.gid <= MAX_ID):
-            raise FormatError("a uid or gid is out of range")
+        entry.uid, entry.gid = _owner(entry.uid), _owner(entry.gid)
         if entry.kind is Kind.FILE:
             entry.target = b""
             return self._file(entry, records, block if type_flag == b"S" else b"")
@@ -350,6 +365,14 @@ def _override(entry: TarEntry, records: dict[bytes, bytes]) -> None:
     if value := records.get(b"mtime"):
         entry.mtime_s, entry.mtime_ns = fields.timestamp(value)
     entry.xattrs = fields.xattrs(records)
+
+
+def _owner(number: int) -> int:
+    if number in _UNCHANGED_IDS:
+        return 0
+    if not 0 <= number <= MAX_ID:
+        raise FormatError("a uid or gid is out of range")
+    return number
 
 
 def _padded(size: int) -> int:
