@@ -16,8 +16,9 @@ from lazyfs.errors import ImageError
 
 CHUNK_BYTES = 1 << 20
 IsalError = cast("type[Exception]", isal_zlib.error)  # the package's stubs declare an instance
-# Largest window a zstd layer may ask for: RFC 8878 recommends 8 MiB, `zstd --long` writes 128 MiB.
-_ZSTD_WINDOW_LOG = 27
+# Largest window a zstd layer may ask for, as containerd's and Docker's decoder has it. RFC 8878 recommends 8 MiB, `zstd
+# --long` writes 128 MiB. A decoder takes as much memory as it has decoded, up to that.
+_ZSTD_WINDOW_LOG = 29
 # A decoder returns what follows a frame or member as a copy: small pieces keep layers of many small frames linear.
 PIECE_BYTES = 64 * 1024
 
@@ -121,4 +122,9 @@ def zstd_decode(decoder: zstd.ZstdDecompressor, data: bytes) -> bytes:
     try:
         return decoder.decompress(data, CHUNK_BYTES)
     except zstd.ZstdError as error:
+        if "too much memory" in str(error):
+            raise ImageError(
+                f"the zstd layer needs a window of more than {1 << _ZSTD_WINDOW_LOG - 20} MiB",
+                "compress it again with a smaller one",
+            ) from None
         raise ImageError(f"the zstd layer is damaged ({error})") from None

@@ -19,7 +19,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import index_directory, make_index_directory, read_file
 from lazyfs.core.oci.digests import Digest, is_digest, sha256_digest
 from lazyfs.core.oci.documents import MAX_INDEX_DEPTH, Manifest, parse_manifest
-from lazyfs.core.oci.platforms import host_platform, select_platform
+from lazyfs.core.oci.platforms import host_platform, parse_platform, select_platform
 from lazyfs.core.oci.reference import Reference, parse_reference
 from lazyfs.errors import ImageError, UserError
 from lazyfs.sources.access import Access
@@ -32,7 +32,8 @@ _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 class Resolved:
     """An image manifest that a reference led to. `source` belongs to the holder, who closes it.
 
-    `open_beside` opens another source in the same way; the caller closes it.
+    `open_beside` opens another source in the same way; the caller closes it. `listed`: an image index has it as the
+    image for `platform`; else its config has to say so.
     """
 
     reference: Reference
@@ -43,6 +44,8 @@ class Resolved:
     access: Access
     patience_s: float
     open_beside: Callable[[Reference], Source]
+    platform: str
+    listed: bool
 
 
 async def resolve(
@@ -60,7 +63,7 @@ async def resolve(
     `access.offline` and the reference was never seen.
     """
     reference = parse_reference(text)
-    wanted = access.platform or host_platform(host.machine())
+    wanted = str(parse_platform(access.platform or host_platform(host.machine())))
     key = hashlib.sha256(f"{reference} {wanted}".encode()).hexdigest()
     note = cache.reference_path(key)
 
@@ -76,28 +79,32 @@ async def resolve(
             found = read_file(os.path.join(index_directory(cache, digest), "manifest"))
             if found is not None and sha256_digest(found) == digest:
                 manifest = _image_manifest(found)
-                return Resolved(reference, digest, found, manifest, source, access, patience_s, open_one)
+                listed = reference.selector != digest
+                return Resolved(
+                    reference, digest, found, manifest, source, access, patience_s, open_one, wanted, listed
+                )
         if access.offline:
             raise UserError(f"{reference} is not in the cache", "mount it once without 'offline'")
-        digest, raw = await _ask(source, reference, wanted)
+        digest, raw, listed = await _ask(source, reference, wanted)
         manifest = _image_manifest(raw)
         directory = make_index_directory(cache, digest)
         for path, content in ((os.path.join(directory, "manifest"), raw), (note, digest.encode())):
             if read_file(path) != content:
                 cache.write_atomically(path, content)
-        return Resolved(reference, digest, raw, manifest, source, access, patience_s, open_one)
+        return Resolved(reference, digest, raw, manifest, source, access, patience_s, open_one, wanted, listed)
     except BaseException:
         await close_source(source)
         raise
 
 
-async def _ask(source: Source, reference: Reference, platform: str) -> tuple[Digest, bytes]:
+async def _ask(source: Source, reference: Reference, platform: str) -> tuple[Digest, bytes, bool]:
+    """The manifest, and whether an index listed it."""
     name = reference.selector
-    for _ in range(MAX_INDEX_DEPTH):
+    for depth in range(MAX_INDEX_DEPTH):
         raw, media_type = await source.manifest(name)
         parsed = parse_manifest(raw, media_type)
         if isinstance(parsed, Manifest):
-            return sha256_digest(raw), raw
+            return sha256_digest(raw), raw, depth > 0
         name = select_platform(parsed, platform).digest
     raise ImageError(f"{reference}: image indexes are nested too deep")
 

@@ -23,6 +23,7 @@ from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import Compression, detect_compression, encode_points
 from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest
 from lazyfs.core.oci.documents import Descriptor, ImageConfig
+from lazyfs.core.oci.layertypes import HEAD_BYTES, check_readable
 from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.decoding.layers import layer_inflater
 from lazyfs.errors import ImageError
@@ -136,14 +137,16 @@ async def _scan_layer(
                 inflater = None
                 async for chunk in blob_out:
                     if inflater is None:
+                        check_readable(layer, chunk[:HEAD_BYTES])
                         compression = detect_compression(chunk[:4])
                         inflater = layer_inflater(compression)
                         stack.callback(inflater.close)
                     decoded = inflater.feed(chunk)
                     while plains := await trio.to_thread.run_sync(_some, decoded):
                         await plain_in.send(plains)
-                if inflater is None:
-                    raise ImageError(f"layer {layer.digest} is empty")
+                if inflater is None:  # a blob of no bytes: no files either
+                    compression = Compression.PLAIN
+                    inflater = layer_inflater(compression)
                 await trio.to_thread.run_sync(list, inflater.finish())
                 pieces.append(_Inflated(compression, encode_points(inflater.points), inflater.window_groups))
 

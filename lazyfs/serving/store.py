@@ -18,7 +18,7 @@ from lazyfs.core.layer.plan import Cost
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
-from lazyfs.images.documents import Found, FoundLayer, Missing, find_index, load_config
+from lazyfs.images.documents import Found, FoundLayer, Missing, check_config, find_index, load_config
 from lazyfs.images.heads import span_table
 from lazyfs.images.resolve import Resolved, close_source, resolve
 from lazyfs.serving.blob import Blob
@@ -71,6 +71,7 @@ class ImageStore:
                         await close_source(resolved.source)
                         return found
                     return await self._open(resolved, found, timeout_s)
+                check_config(resolved, image.config)
                 image.promise(timeout_s)
                 image.users += 1  # no checkpoint since it was found
         except BaseException:

@@ -1,12 +1,14 @@
 """OCI image layouts as sources: what all kinds share, and those in a directory on this host.
 
 Format: image-spec image-layout.md. File names are built from checked digests only. Artifacts are attached by the
-referrers tag schema (an index named sha256-<hex>), as regclient and oras do.
+referrers tag schema (an index named sha256-<hex>), as regclient and oras do; but where an image has no name, a further
+entry of index.json would make others refuse `oci:DIR`, so there the index is the file referrers/sha256-<hex>.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -56,7 +58,7 @@ class Layout(abc.ABC):
             listed = [d for d in index.manifests if d.digest == reference]
             return await self._by_digest(Digest(reference), listed[0] if listed else None)
         if not reference:
-            images = [d for d in index.manifests if not d.artifact_type and not referrers.is_referrers_tag(_name(d))]
+            images = [d for d in index.manifests if d.is_image and not referrers.is_referrers_tag(_name(d))]
             if len({d.digest for d in images}) == 1:
                 return await self._by_digest(images[0].digest, images[0])
             if images and all(d.platform is not None for d in images):
@@ -79,13 +81,25 @@ class Layout(abc.ABC):
 
     async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
         """What was attached to a manifest, of one artifact type."""
-        try:
-            raw, media_type = await self.manifest(referrers.referrers_tag(subject_digest))
-        except NotFound:
+        raw = await self._referrers_index(referrers.referrers_tag(subject_digest))
+        if raw is None:
             return []
-        index = documents.parse_manifest(raw, media_type)
+        index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
         entries = index.manifests if isinstance(index, documents.ImageIndex) else ()
         return [d for d in entries if d.artifact_type == artifact_type]
+
+    async def _referrers_index(self, tag: str) -> bytes | None:
+        """The list of what was attached; None if there is none."""
+        for read in (self._named_manifest, self._referrers_file):
+            with contextlib.suppress(NotFound):
+                return await read(tag)
+        return None
+
+    async def _named_manifest(self, name: str) -> bytes:
+        return (await self.manifest(name))[0]
+
+    async def _referrers_file(self, tag: str) -> bytes:
+        return await self._document(referrers_file(tag), documents.MAX_MANIFEST_BYTES)
 
 
 def _name(descriptor: Descriptor) -> str:
@@ -94,9 +108,8 @@ def _name(descriptor: Descriptor) -> str:
 
 def _names(descriptors: tuple[Descriptor, ...] | list[Descriptor]) -> str:
     names = (_name(d)[:80] for d in descriptors)
-    return ", ".join(
-        [name for name in names if name.isprintable() and name and not referrers.is_referrers_tag(name)][:16]
-    )
+    shown = [name for name in names if name.isprintable() and name and not referrers.is_referrers_tag(name)]
+    return ", ".join(shown[:16]) or "none"
 
 
 class DirectoryLayout(Layout):
@@ -186,8 +199,8 @@ class DirectoryLayout(Layout):
             name = _name(descriptor)
             document["manifests"] = [
                 item
-                for item in document["manifests"]
-                if (item.get("annotations") or {}).get(documents.REF_NAME) != name
+                for item in document.get("manifests") or []
+                if not (isinstance(item, dict) and (item.get("annotations") or {}).get(documents.REF_NAME) == name)
             ] + [descriptor.to_json()]
             await trio.to_thread.run_sync(self._directory.write, "index.json", json.dumps(document, indent=1).encode())
 
@@ -197,12 +210,24 @@ class DirectoryLayout(Layout):
         await self.push_blob(manifest)
         name = referrers.referrers_tag(subject.digest)
         async with self._attaching:
-            try:
-                raw: bytes | None = (await self.manifest(name))[0]
-            except NotFound:
-                raw = None
-            await self.push_manifest(referrers.add_to_index(raw, own), documents.MEDIA_INDEX, name)
+            listed = referrers.add_to_index(await self._referrers_index(name), own)
+            if await self._has_nameless_image():
+                await trio.to_thread.run_sync(self._directory.write, referrers_file(name), listed)
+            else:
+                await self.push_manifest(listed, documents.MEDIA_INDEX, name)
         return own.digest
+
+    async def _has_nameless_image(self) -> bool:
+        try:
+            raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
+        except NotFound:
+            return False
+        index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
+        return isinstance(index, documents.ImageIndex) and any(not _name(d) for d in index.manifests)
+
+
+def referrers_file(tag: str) -> str:
+    return f"referrers/{tag}"
 
 
 def blob_name(digest: str) -> str:

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.core.oci import digests, documents, platforms, referrers
+from lazyfs.core.oci import digests, documents, referrers
 from lazyfs.core.oci.digests import DiffId, Digest
 from lazyfs.core.oci.documents import Descriptor, ImageIndex, Manifest, Platform
-from lazyfs.core.oci.platforms import select_platform
-from lazyfs.errors import ImageError, UserError
+from lazyfs.errors import ImageError
 from lazyfs.sources import challenges
 
 DIGEST = Digest("sha256:" + "0" * 64)
@@ -36,20 +35,6 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "layers": [descriptor(), descriptor(digest=OTHER)],
     }
     return {key: value for key, value in (document | changes).items() if value != "absent"}
-
-
-def index(*platforms: str | None) -> ImageIndex:
-    entries = []
-    for number, platform in enumerate(platforms):
-        entry = descriptor(documents.MEDIA_MANIFEST, f"sha256:{number:064x}")
-        if platform is not None:
-            os, architecture, *variant = platform.split("/")
-            entry["platform"] = {"os": os, "architecture": architecture, "variant": "".join(variant)}
-        entries.append(entry)
-    raw = json.dumps({"schemaVersion": 2, "mediaType": documents.MEDIA_INDEX, "manifests": entries}).encode()
-    parsed = documents.parse_manifest(raw, documents.MEDIA_INDEX)
-    assert isinstance(parsed, ImageIndex)
-    return parsed
 
 
 def parse(document: object, media_type: str = documents.MEDIA_MANIFEST) -> Manifest | ImageIndex:
@@ -95,7 +80,6 @@ def test_docker_types() -> None:
         {"schemaVersion": 1},
         {"schemaVersion": True},
         {"schemaVersion": "2"},
-        {"layers": "absent"},
         {"layers": {}},
         {"layers": [1]},
         {"config": "absent"},
@@ -115,6 +99,7 @@ def test_docker_types() -> None:
         {"subject": "x"},
         {"annotations": []},
         {"artifactType": 3},
+        {"annotations": {"a": ["b"]}},
         {"layers": [descriptor(platform="linux")]},
     ],
 )
@@ -122,6 +107,58 @@ def test_bad_manifests(changes: dict[str, Any]) -> None:
     """Wrong types, sizes, digests and ambiguous documents are refused."""
     with pytest.raises(ImageError):
         parse(manifest(**changes))
+
+
+@pytest.mark.parametrize("layers", ["absent", None, []])
+def test_an_image_without_layers(layers: object) -> None:
+    """Go writes null for a list without items."""
+    parsed = parse(manifest(layers=layers))
+    assert isinstance(parsed, Manifest) and parsed.layers == ()
+
+
+def test_null_in_a_map_is_an_empty_text() -> None:
+    """As Go reads it."""
+    parsed = parse(manifest(annotations={"a": None, "b": "c"}))
+    assert parsed.annotations == {"a": "", "b": "c"}
+    labels = {"rootfs": {"type": "layers"}, "config": {"Labels": {"a": None}}}
+    assert documents.parse_config(json.dumps(labels).encode()).labels == {"a": ""}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"artifactType": "sbom"},
+        {"artifactType": "application/json; charset=utf-8"},
+        {"annotations": {"k": None}},
+        {"annotations": ["k"]},
+        {"digest": "md5:" + "0" * 32},
+        {"size": -1},
+        {"mediaType": "no type"},
+        {"platform": "linux"},
+    ],
+)
+def test_an_odd_entry_hides_no_other(odd: dict[str, Any]) -> None:
+    own = descriptor(documents.MEDIA_MANIFEST, OTHER, artifactType="x/y")
+    entries = [descriptor(documents.MEDIA_MANIFEST) | odd, own, "nothing", None]
+    raw = json.dumps({"schemaVersion": 2, "mediaType": documents.MEDIA_INDEX, "manifests": entries}).encode()
+    parsed = documents.parse_manifest(raw, documents.MEDIA_INDEX)
+    assert isinstance(parsed, ImageIndex)
+    assert [one.digest for one in parsed.manifests if one.artifact_type == "x/y"] == [OTHER]
+    again = referrers.add_to_index(raw, Descriptor(documents.MEDIA_MANIFEST, Digest("sha256:" + "2" * 64), 1))
+    assert json.loads(again)["manifests"][:4] == entries
+    assert referrers.add_to_index(raw, parsed.manifests[-1]) == raw
+
+
+@pytest.mark.parametrize("manifests", ["absent", None])
+def test_an_empty_index(manifests: object) -> None:
+    """As umoci init makes it."""
+    listed = {"schemaVersion": 2, "mediaType": documents.MEDIA_INDEX, "manifests": manifests}
+    document = {key: value for key, value in listed.items() if value != "absent"}
+    parsed = parse(document, documents.MEDIA_INDEX)
+    assert isinstance(parsed, ImageIndex) and parsed.manifests == ()
+    own = Descriptor(documents.MEDIA_MANIFEST, OTHER, 7)
+    added = documents.parse_manifest(referrers.add_to_index(json.dumps(document).encode(), own), documents.MEDIA_INDEX)
+    assert isinstance(added, ImageIndex) and added.manifests == (own,)
 
 
 @pytest.mark.parametrize(
@@ -234,53 +271,6 @@ def test_bad_configs(document: dict[str, Any]) -> None:
     """Wrong types, and NUL in what becomes argv, are refused."""
     with pytest.raises(ImageError):
         documents.parse_config(json.dumps(document).encode())
-
-
-@pytest.mark.parametrize(
-    ("platforms", "wanted", "number"),
-    [
-        (["linux/amd64", "linux/arm64"], "linux/arm64", 1),
-        (["linux/arm64/v8", "linux/arm64"], "linux/arm64", 0),
-        (["linux/arm/v5", "linux/arm/v6", "linux/arm/v7"], "linux/arm", 2),
-        (["linux/arm/v5", "linux/arm/v6", "linux/arm/v7"], "linux/arm/v6", 1),
-        (["linux/arm/v5", "linux/arm/v8"], "linux/arm/v7", 0),
-        (["linux/amd64/v3", "linux/amd64"], "linux/amd64", 1),
-        (["linux/amd64/v2", "linux/amd64"], "linux/amd64/v3", 0),
-        (["unknown/unknown", "linux/amd64"], "linux/amd64", 1),
-        (["windows/amd64", None], "linux/amd64", 1),
-    ],
-)
-def test_select_platform(platforms: list[str | None], wanted: str, number: int) -> None:
-    """The exact variant, else the best lower one; attestations are never chosen."""
-    assert select_platform(index(*platforms), wanted).digest == f"sha256:{number:064x}"
-
-
-@pytest.mark.parametrize(
-    ("platforms", "wanted"),
-    [
-        ([], "linux/amd64"),
-        (["linux/amd64/v3"], "linux/amd64"),
-        (["unknown/unknown"], "linux/amd64"),
-        ([None, None], "linux/arm"),
-    ],
-)
-def test_no_platform(platforms: list[str | None], wanted: str) -> None:
-    """Nothing that would not run is chosen."""
-    with pytest.raises(ImageError):
-        select_platform(index(*platforms), wanted)
-
-
-def test_platform_names() -> None:
-    """Machines become platforms; what is unknown is the user's to name."""
-    assert platforms.host_platform("x86_64") == "linux/amd64"
-    assert platforms.host_platform("aarch64") == "linux/arm64"
-    for call, text in (
-        (platforms.host_platform, "pdp11"),
-        (platforms.parse_platform, "linux"),
-        (platforms.parse_platform, "a/b/c/d"),
-    ):
-        with pytest.raises(UserError):
-            call(text)
 
 
 def test_add_to_index() -> None:

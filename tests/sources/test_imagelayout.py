@@ -133,9 +133,9 @@ async def test_platforms_only(tmp_path: Path) -> None:
 
 
 async def test_hostile_layouts(tmp_path: Path) -> None:
-    """Links, FIFOs, directories and wrong content in the place of files: a clear error, no way out."""
+    """FIFOs, directories, links and wrong content in the place of files: a clear error, no way out."""
     secret = tmp_path / "secret"
-    secret.write_bytes(BLOB)
+    secret.write_bytes(b"secret".ljust(len(BLOB), b"!"))
     value = DIGEST.removeprefix("sha256:")
 
     async def damaged(change: object, message: str) -> None:
@@ -161,18 +161,54 @@ async def test_hostile_layouts(tmp_path: Path) -> None:
         return change
 
     blob = f"blobs/sha256/{value}"
-    await damaged(replace(blob, lambda path: path.symlink_to(secret)), "symbolic links")
+    await damaged(replace(blob, lambda path: path.symlink_to(secret)), "digest")
+    await damaged(replace(blob, lambda path: path.symlink_to("/dev/zero")), "regular file")
+    await damaged(replace(blob, lambda path: path.symlink_to(path)), "cannot open")
     await damaged(replace(blob, os.mkfifo), "regular file")
     await damaged(replace(blob, os.mkdir), "regular file")
     await damaged(replace(blob, lambda path: path.write_bytes(BLOB[:-1] + b"x")), "digest")
     await damaged(replace(blob, lambda path: path.write_bytes(b"")), "digest")
-    await damaged(replace("blobs/sha256", lambda path: path.symlink_to(tmp_path)), "cannot open")
-    await damaged(replace("blobs", lambda path: path.symlink_to("/")), "cannot open")
-    await damaged(replace("index.json", lambda path: path.symlink_to("/etc/passwd")), "symbolic links")
+    await damaged(replace("blobs/sha256", lambda path: path.symlink_to(tmp_path)), "missing")
+    await damaged(replace("blobs", lambda path: path.symlink_to("/")), "missing")
+    await damaged(replace("index.json", lambda path: path.symlink_to("/etc/passwd")), "is not valid JSON")
     await damaged(replace("index.json", lambda path: path.write_text("[")), "JSON")
     await damaged(replace("index.json", lambda path: path.write_bytes(b" " * (5 << 20))), "larger")
     await damaged(replace("oci-layout", lambda path: path.write_text("{}")), "1.0.0")
     await damaged(replace("oci-layout", lambda path: None), "missing")
+
+
+async def test_links_are_followed(tmp_path: Path) -> None:
+    """As debuerreotype and Bazel write layouts: blobs, or all files, are links to where they were built."""
+    await make(tmp_path / "built", "x")
+    layout = tmp_path / "layout"
+    for path in [one for one in (tmp_path / "built").rglob("*") if one.is_file()]:
+        link = layout / path.relative_to(tmp_path / "built")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    async with opened(f"oci:{layout}") as source:
+        await check_image(source, "x")
+
+
+async def test_attaching_adds_no_entry_beside_a_nameless_image(tmp_path: Path) -> None:
+    """skopeo and others take `oci:DIR` only if index.json has one entry."""
+    await make(tmp_path / "oci", "x")
+    index = json.loads((tmp_path / "oci/index.json").read_bytes())
+    del index["manifests"][0]["annotations"]
+    (tmp_path / "oci/index.json").write_text(json.dumps(index))
+    async with opened(f"oci:{tmp_path}/oci") as source:
+        raw, media_type = await source.manifest("")
+        subject = Descriptor(media_type, sha256_digest(raw), len(raw))
+        await source.push_blob(b"{}")
+        kinds = ("application/vnd.lazyfs.a", "application/vnd.lazyfs.b")
+        attached = [
+            await source.attach(subject, referrers.build_artifact(kind, [], subject, {})) for kind in kinds
+        ]
+        for kind, digest in zip(kinds, attached, strict=True):
+            assert [one.digest for one in await source.referrers(subject.digest, kind)] == [digest]
+            assert sha256_digest((await source.manifest(digest))[0]) == digest
+        await check_image(source, "")
+    assert json.loads((tmp_path / "oci/index.json").read_bytes()) == index
+    await trio.run_process(["skopeo", "inspect", "--raw", f"oci:{tmp_path}/oci"], capture_stdout=True)
 
 
 async def test_wrong_places(tmp_path: Path) -> None:

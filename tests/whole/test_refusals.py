@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
+import os
+import random
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import pytest
 from tests.conftest import Lazyfs
 from tests.layertar import LayerTar
 from tests.layout import CONFIG_TYPE, GZIP, LAYER_TYPES, MANIFEST_TYPE, PLAIN, Descriptor, Layout
-from tests.tarblocks import END, header, member, pax_member
+from tests.tarblocks import END, header, pax_member
 from tests.whole.mounting import Host, foreground_daemon, host
 
 GOOD = LayerTar().file("good", b"content" * 1000).data()
@@ -36,15 +39,14 @@ def bzipped(data: bytes) -> bytes:
 
 
 TARS = {
-    "outside": (member(b"../outside", b"x") + END, r"'..'"),
-    "link-outside": (LayerTar().hardlink("link", "../../etc/passwd").data(), r"'..'"),
+    "link-outside": (LayerTar().hardlink("link", "../../etc/passwd").data(), "etc/passwd"),
     "link-to-nothing": (LayerTar().hardlink("link", "nothing").data(), "nothing"),
     "link-to-directory": (LayerTar().dir("d").hardlink("link", "d").data(), "link"),
     "below-a-file": (LayerTar().file("file").file("file/below").data(), "file"),
     "loop": (LayerTar().symlink("loop", "loop").file("loop/below").data(), "loop"),
     "cut": (GOOD[:3000], "ends in the middle"),
     "checksum": (GOOD[:100] + b"9" + GOOD[101:], "checksum"),
-    "large-uid": (pax_member((b"uid", b"4294967295")) + header() + END, "uid or gid"),
+    "large-uid": (pax_member((b"uid", b"4294967296")) + header() + END, "uid or gid"),
     "large-attribute": (LayerTar().file("f", xattrs={"user.a": b"v" * 70_000}).data(), "64 KiB"),
     "long-name": (pax_member((b"path", b"n" * 256)) + header() + END, "too long"),
     "multi-volume": (header(b"v", b"M") + END, "multi-volume"),
@@ -99,15 +101,58 @@ def diff_id(data: bytes) -> str:
     [
         (gzipped(GOOD)[:-1000], "layer"),
         (gzipped(GOOD)[:50] + b"\0\0\0\0" + gzipped(GOOD)[54:], "layer"),
-        (bzipped(b"content"), "layer"),
+        (bzipped(b"content"), "packed by bzip2"),
+        (lzma.compress(GOOD), "packed by xz"),
         (gzipped(b""), "layer"),
-        (b"", "empty"),
+        (b"", "the image config says"),
     ],
-    ids=["cut", "damaged", "bzip2", "another", "empty"],
+    ids=["cut", "damaged", "bzip2", "xz", "another", "empty"],
 )
 def test_bad_blob(machine: Host, layout: Layout, blob: bytes, what: str) -> None:
     layer = layout.add_blob(blob, LAYER_TYPES[GZIP])
     refused(machine, layout, image_of(layout, [layer], [diff_id(GOOD)]), what)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "what"),
+    [
+        ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "is encrypted"),
+        ("application/vnd.dev.cosign.simplesigning.v1+json", "no tar, but of type application/vnd.dev.cosign"),
+        ("application/vnd.oci.image.layer.nydus.blob.v1", "no tar, but of type application/vnd.oci.image.layer.nydus"),
+    ],
+)
+def test_layers_that_are_none_are_called_by_their_name(
+    machine: Host, layout: Layout, media_type: str, what: str
+) -> None:
+    layer = layout.add_blob(random.Random(1).randbytes(2000), media_type)
+    refused(machine, layout, image_of(layout, [layer], [diff_id(GOOD)]), what)
+
+
+def test_an_artifact_is_called_by_its_type(machine: Host, layout: Layout) -> None:
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "config": layout.add_blob(b"{}", "application/vnd.cncf.helm.config.v1+json"),
+        "layers": [layout.add_blob(b"chart", "application/vnd.cncf.helm.chart.content.v1.tar+gzip")],
+    }
+    what = "an artifact of type application/vnd.cncf.helm.config.v1+json"
+    refused(machine, layout, layout.add_json(manifest, MANIFEST_TYPE), what)
+
+
+def test_an_image_for_another_platform_is_mounted_only_if_that_is_asked_for(machine: Host, layout: Layout) -> None:
+    layers = [layout.add_layer(LayerTar().file("good").data())]
+    image = layout.add_image(layers, architecture="s390x")
+    layout.tag("bad", image)
+    for reference in (f"oci:{layout.path}:bad", f"oci:{layout.path}@{image['digest']}"):
+        code, message = machine.refused(reference)
+        assert code == 1 and "is an image for linux/s390x, not for linux/amd64" in message
+        target = machine.mount(reference, options="platform=s390x")
+        assert os.listdir(target) == ["good"]
+        machine.umount(target)
+    layout.tag("good", layout.add_image(layers, architecture="x86_64"))
+    target = machine.mount(f"oci:{layout.path}:good")
+    assert os.listdir(target) == ["good"]
+    machine.umount(target)
 
 
 def test_blob_that_is_not_the_one_the_manifest_names(machine: Host, layout: Layout) -> None:

@@ -15,12 +15,14 @@ from lazyfs.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from typing import Any
 
 MEDIA_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 MEDIA_INDEX = "application/vnd.oci.image.index.v1+json"
 MEDIA_CONFIG = "application/vnd.oci.image.config.v1+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+CONFIG_TYPES = frozenset({MEDIA_CONFIG, DOCKER_CONFIG})
 MEDIA_EMPTY = "application/vnd.oci.empty.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -34,7 +36,7 @@ REF_NAME = "org.opencontainers.image.ref.name"
 
 MAX_MANIFEST_BYTES = 4 << 20  # distribution-spec: registries should accept 4 MiB; docker-registry's own limit
 MAX_CONFIG_BYTES = 8 << 20  # containerd's limit for documents it keeps in memory
-MAX_LAYERS = 128  # docker builds at most 127; each layer is an EROFS device
+MAX_LAYERS = 1024  # docker builds at most 127, other tools more; each layer is an EROFS device
 MAX_MANIFESTS = 4096  # of one index; referrers lists are indexes too
 MAX_INDEX_DEPTH = 4  # an index in an index is rare, more than two is abuse; for the callers' loops
 MAX_BLOB_BYTES = 1 << 50
@@ -61,6 +63,13 @@ class Descriptor(NamedTuple):
     annotations: Mapping[str, str] = MappingProxyType({})
     platform: Platform | None = None
     artifact_type: str = ""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it may point to an image, or to images for several platforms: nothing calls it another artifact.
+        (go-containerregistry gives images the artifact type of their config.)"""
+        kinds = MANIFEST_TYPES | INDEX_TYPES
+        return self.media_type in kinds and (not self.artifact_type or self.artifact_type in CONFIG_TYPES)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of descriptor.md."""
@@ -163,13 +172,16 @@ def _text_map(document: dict[str, Any], key: str, what: str) -> dict[str, str]:
     value = document.get(key)
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+    if not isinstance(value, dict) or not all(item is None or isinstance(item, str) for item in value.values()):
         raise ImageError(f"{what}: {key!r} is not a map of texts")
-    return value
+    return {name: text or "" for name, text in value.items()}
 
 
 def _list(document: dict[str, Any], key: str, what: str, limit: int) -> list[Any]:
+    """A list, empty if missing or null."""
     value = document.get(key)
+    if value is None:
+        return []
     if not isinstance(value, list) or len(value) > limit:
         raise ImageError(f"{what}: {key!r} is not a list of at most {limit} items")
     return value
@@ -196,9 +208,7 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
     size = value.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BLOB_BYTES:
         raise ImageError(f"{what}: the size of {digest} is not a number of bytes")
-    artifact_type = _text(value, "artifactType", what)
-    if artifact_type:
-        _media_type(artifact_type, what)
+    artifact_type = _text(value, "artifactType", what)  # not checked to be a media type: old oras wrote "sbom"
     platform: Platform | None = None
     if (fields := _objects(value, "platform", what)) or isinstance(value.get("platform"), dict):
         platform = Platform(*(_text(fields, key, what) for key in ("os", "architecture", "variant")))
@@ -245,12 +255,23 @@ def parse_manifest(raw: bytes, media_type: str) -> Manifest | ImageIndex:
     )
     if served in INDEX_TYPES:
         items = _list(document, "manifests", "the index", MAX_MANIFESTS)
-        return ImageIndex(served, tuple(parse_descriptor(item, "the index") for item in items), *rest)
+        return ImageIndex(served, tuple(_readable(items)), *rest)
     if served in MANIFEST_TYPES:
         layers = _list(document, "layers", "the manifest", MAX_LAYERS)
         config = parse_descriptor(document.get("config"), "the config")
         return Manifest(served, config, tuple(parse_descriptor(item, "a layer") for item in layers), *rest)
     raise ImageError(f"manifests of type {served[:80]!r} are not supported")
+
+
+def _readable(items: list[Any]) -> Iterator[Descriptor]:
+    """The entries of an index that can be read. What somebody else attached, or listed for another platform, in an odd
+    way does not hide the rest."""
+    for item in items:
+        try:
+            descriptor = parse_descriptor(item, "the index")
+        except ImageError:
+            continue
+        yield descriptor
 
 
 def parse_config(raw: bytes) -> ImageConfig:

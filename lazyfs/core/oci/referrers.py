@@ -73,7 +73,8 @@ def add_to_index(raw: bytes | None, descriptor: Descriptor) -> bytes:
     else:
         parse_manifest(raw, MEDIA_INDEX)
         document = load_json(raw, "the index")
-    if any(item["digest"] == descriptor.digest for item in document["manifests"]):
+    listed = document.get("manifests") or []
+    if any(isinstance(item, dict) and item.get("digest") == descriptor.digest for item in listed):
         return raw or b""
-    document["manifests"].append(descriptor.to_json())
+    document["manifests"] = [*listed, descriptor.to_json()]
     return json.dumps(document, indent=1).encode()
