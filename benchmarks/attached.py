@@ -1,4 +1,4 @@
-"""How large an attached index is, as the registry has it (independent of what lazyfs says)."""
+"""What is attached to an image, as the registry has it (independent of what lazyfs says)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from typing import Any
 
 ANSWER_S = 30.0
 ACCEPT = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json"
+PACK = "application/vnd.lazyfs.pack.v1"  # docs/FORMATS.md
 
 
-def index_bytes(url: str, reference: str) -> int:
-    """Bytes of all blobs of the artifacts attached to an image, found by the fallback tag
+def blobs(url: str, reference: str, artifact_type: str = "") -> dict[str, int]:
+    """Digest -> bytes of all blobs of the artifacts (of one type) attached to an image, found by the fallback tag
     ``sha256-<hex>`` (distribution-spec, "Referrers Tag Schema"). `reference` is HOST/REPOSITORY:TAG."""
     repository, _, tag = reference.partition("/")[2].rpartition(":")
     _, digest = _manifest(url, repository, tag)
     referrers, _ = _manifest(url, repository, digest.replace(":", "-"))
-    total = 0
+    found: dict[str, int] = {}
     for entry in referrers["manifests"]:
         artifact, _ = _manifest(url, repository, entry["digest"])
-        total += sum(int(layer["size"]) for layer in artifact["layers"])
-    return total
+        if artifact_type in ("", artifact.get("artifactType")):
+            found |= {layer["digest"]: int(layer["size"]) for layer in artifact["layers"]}
+    return found
+
+
+def index_bytes(url: str, reference: str) -> int:
+    """Bytes of the index of an image that has nothing else attached."""
+    return sum(blobs(url, reference).values())
 
 
 def _manifest(url: str, repository: str, name: str) -> tuple[dict[str, Any], str]:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -67,11 +67,14 @@ LINKS = {
 
 
 class Counts(NamedTuple):
-    """What passed since the link was made: payload of TCP to the host and to the registry, and connections."""
+    """What passed since the link was made: payload of TCP to the host and to the registry, connections, HTTP requests,
+    and how much of each blob came down by its digest (and of what is no blob, heads too, by "")."""
 
     bytes_down: int
     bytes_up: int
     connections: int
+    requests: int
+    blobs: Mapping[str, int]
 
 
 class Measured(NamedTuple):

@@ -30,10 +30,11 @@ import socket
 import struct
 import termios
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from benchmarks.hellobench import wire
+from benchmarks.hellobench.tally import Tally
 
 READ_BYTES = 256 << 10
 FIRST_WINDOW_BYTES = 10 * 1448
@@ -59,6 +60,8 @@ class Relay:
         self.first_window_bytes = self.open_window_bytes
         self.send_buffer_bytes = max(LEAST_SEND_BUFFER_BYTES, int(bits_s / 8 * SEND_BUFFER_S))
         self.bytes_down = self.bytes_up = self.connections = 0
+        self.ended_requests = 0  # of connections that are gone
+        self.blobs: Counter[str] = Counter()
         # select(2) rather than epoll: Python's epoll waits whole milliseconds, a LAN's round trip.
         self._selector = selectors.SelectSelector()
         self._listener = listener
@@ -104,6 +107,7 @@ class Relay:
             self._selector.modify(sock, events, handler)
 
     def ended(self, connection: Connection) -> None:
+        self.ended_requests += connection.tally.requests
         self._open.discard(connection)
 
     def _accept(self, _: int) -> None:
@@ -116,8 +120,17 @@ class Relay:
         lines = os.read(0, 4096)
         self._ended = not lines
         for _line in range(lines.count(b"\n")):
-            down = self.bytes_down - sum(connection.unsent_bytes() for connection in self._open)
-            print(json.dumps([down, self.bytes_up, self.connections]), flush=True)
+            print(json.dumps(self._counts()), flush=True)
+
+    def _counts(self) -> list[object]:
+        """As links.Counts has them. What the kernel still holds has not reached a client."""
+        down, blobs, requests = self.bytes_down, self.blobs.copy(), self.ended_requests
+        for connection in self._open:
+            unsent = connection.unsent_bytes()
+            down -= unsent
+            blobs[connection.tally.asked] -= unsent
+            requests += connection.tally.requests
+        return [down, self.bytes_up, self.connections, requests, blobs]
 
 
 class Connection:
@@ -134,6 +147,7 @@ class Connection:
         # The path's length is ours to model: whatever the host is set to (BBR has pauses) must not shape it, too.
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         self.closed = False
+        self.tally = Tally(relay.blobs)
         self._established = False
         self._up = Direction(self, client, self.server)
         self._down = Direction(self, self.server, client)
@@ -159,7 +173,9 @@ class Connection:
     def abort(self) -> None:
         """Reset both sides."""
         if not self.closed:
-            self.relay.bytes_down -= self.unsent_bytes()
+            unsent = self.unsent_bytes()
+            self.relay.bytes_down -= unsent
+            self.tally.down(-unsent)
             for sock in (self.client, self.server):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._close()
@@ -171,8 +187,13 @@ class Connection:
     def moved(self, direction: Direction, size: int) -> None:
         if direction is self._down:
             self.relay.bytes_down += size
+            self.tally.down(size)
         else:
             self.relay.bytes_up += size
+
+    def came(self, direction: Direction, data: bytes) -> None:
+        if direction is self._up:
+            self.tally.up(data)
 
     def _client_ready(self, events: int) -> None:
         self._ready(events, self._up, self._down)
@@ -230,6 +251,7 @@ class Direction:
             self._relay.at(now + self._relay.rtt_s / 2, self._connection.abort)
             return
         self._last_read = now
+        self._connection.came(self, data)
         self._source_ended = not data
         self._under_way_bytes += len(data)
         self._relay.at(now + self._relay.rtt_s / 2, lambda: self._arrive(data))

@@ -102,7 +102,9 @@ def test_both_directions_have_the_rate_and_bytes_are_counted() -> None:
         seconds = time.monotonic() - started
         assert got == [sent[::-1]]
         counts = route.counts()
-    assert counts == (len(sent), len(sent), 1)
+    assert counts is not None
+    assert counts[:3] == (len(sent), len(sent), 1)
+    assert counts.blobs == {"": len(sent)}
     # Two transfers one after the other, and two round trips: the connection, question and answer.
     assert seconds > 2 * RTT_S + 0.9 * 2 * len(sent) * 8 / BITS_S
 
@@ -223,6 +225,8 @@ def test_a_cancelled_download_counts_what_came(registry: RegistryServer) -> None
         counts = route.counts()
     assert counts is not None
     assert 1 << 10 <= counts.bytes_down < 512 << 10
+    assert counts.requests == 1
+    assert counts.blobs == {digest: counts.bytes_down}
 
 
 def test_loopback_is_direct(registry: RegistryServer, monkeypatch: pytest.MonkeyPatch) -> None:
