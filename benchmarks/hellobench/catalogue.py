@@ -1,4 +1,4 @@
-"""The workloads of HelloBench that can be the same software from Debian 12: all of them, by name.
+"""The workloads of HelloBench that can be the same software from Debian 12, and those held back: all of them, by name.
 
 Languages are in `languages`, web servers and frameworks in `web`, the rest is here. Commands are those of the
 original where it gives the container one; programs of its mounts are files in /app here, and its programs for
@@ -8,7 +8,7 @@ host's network.
 
 from __future__ import annotations
 
-from benchmarks.hellobench import languages, web
+from benchmarks.hellobench import heldback, languages, web
 from benchmarks.hellobench.steps import application, command, install
 from benchmarks.hellobench.workloads import (
     DATABASE,
@@ -191,6 +191,10 @@ EXPOSE 21017
 _FIRST = ("busybox", "hello-world", "debian", "python", "perl", "redis", "nginx", "postgres")
 _ALL = {workload.name: workload for workload in (*_WORKLOADS, *web.WORKLOADS, *languages.WORKLOADS)}
 WORKLOADS: dict[str, Workload] = {name: _ALL[name] for name in (*_FIRST, *(n for n in _ALL if n not in _FIRST))}
+# Those and the held-back ones, which run only if they are asked for.
+EVERY: dict[str, Workload] = WORKLOADS | {workload.name: workload for workload in heldback.WORKLOADS}
 
 # One or two of each category, all of which start and are built quickly.
 QUICK = ("busybox", "redis", "python", "gcc", "nginx", "django")
+# Programs that load much; tomcat is one of the paper's, too.
+HELD_BACK = ("science", "tomcat", "rstat")

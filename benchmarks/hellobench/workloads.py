@@ -14,8 +14,9 @@ DISTRO, DATABASE, LANGUAGE = "distro", "database", "language"
 WEB_SERVER, WEB_FRAMEWORK, OTHER = "web-server", "web-framework", "other"
 CATEGORIES = (DISTRO, DATABASE, LANGUAGE, WEB_SERVER, WEB_FRAMEWORK, OTHER)
 
-# Where an image comes from: the same software as the paper's, or a near relative of it, reported apart.
-SAME, RELATIVE = "E", "N"
+# Where an image comes from: the same software as the paper's, a near relative of it, or beside it and held back from
+# tuning; each is reported apart.
+SAME, RELATIVE, HELD_BACK = "E", "N", "H"
 
 # On what an image is built.
 SCRATCH = "scratch"  # nothing
