@@ -35,9 +35,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     _add_container_arguments(parser)
     parser.add_argument("--rm", action="store_true", help="remove all that the container wrote when it ends")
     parser.add_argument("--name", help="of the container (default: a new one)")
-    parser.add_argument(
-        "-i", "--interactive", action="store_true", help="accepted; standard input is passed on anyway"
-    )
+    parser.add_argument("-i", "--interactive", action="store_true", help="it gets standard input, as it does with -t")
     parser.add_argument(
         "--stop-timeout",
         type=float,
@@ -69,6 +67,9 @@ def _add_container_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-u", "--user", metavar="USER[:GROUP]", help="instead of the image's")
     parser.add_argument("--entrypoint", metavar="PROGRAM", help="instead of the image's; its CMD is dropped")
     parser.add_argument("--hostname", help="(default: the container's name)")
+    parser.add_argument(
+        "--security-opt", action="append", default=[], metavar="OPTION", help="no-new-privileges"
+    )
 
 
 # -- commands --------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def bundle(args: argparse.Namespace, roots: RootProvider | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`lazyfs run`: the exit code is the container's."""
+    """`lazyfs run`: the exit code is the container's, or 125 if lazyfs could not run it (main.py)."""
     from lazyfs.containers import run
     from lazyfs.containers.store import ContainerStore
 
@@ -129,6 +130,7 @@ def run_request(args: argparse.Namespace) -> RunRequest:
         container_mount(args.options),
         args.name,
         args.rm,
+        args.interactive,
         args.stop_timeout,
     )
 
@@ -157,8 +159,19 @@ def container_spec(args: argparse.Namespace) -> SpecOptions:
         terminal=args.tty,
         terminal_size=_terminal_size() if args.tty else None,
         read_only=args.read_only,
+        no_new_privileges=_no_new_privileges(args.security_opt),
         mounts=distinct_mounts(wanted),
     )
+
+
+def _no_new_privileges(texts: list[str]) -> bool:
+    asked = False
+    for text in texts:
+        name, _, value = text.replace("=", ":", 1).partition(":")  # docker takes both
+        if name != "no-new-privileges" or value not in ("", "true", "false"):
+            raise UserError(f"--security-opt {text!r} is not known", "known: no-new-privileges")
+        asked = value != "false"
+    return asked
 
 
 def _terminal_size() -> tuple[int, int] | None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say
 EXIT_BUG = 4  # mount(8): "internal mount bug"
+# Of commands whose other exit codes are those of what they run: docker-run(1), "Exit Status".
+_OWN_FAILURES = {"run": 125}
 
 
 def program() -> None:
@@ -27,10 +29,11 @@ def program() -> None:
 
 def main(words: Sequence[str]) -> int:
     """Runs one command and returns its exit code; every failure is one line on standard error."""
+    own_failure = _OWN_FAILURES.get(words[0] if words else "", 0)
     try:
         return _dispatch(list(words))
     except LazyfsError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), own_failure or error.exit_code)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -38,14 +41,16 @@ def main(words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(f"{error.filename or 'system call'}: {error.strerror or error}", HostError.exit_code)
+        text = f"{error.filename or 'system call'}: {error.strerror or error}"
+        return _fail(text, own_failure or HostError.exit_code)
     except MemoryError:
-        return _fail("out of memory", HostError.exit_code)
+        return _fail("out of memory", own_failure or HostError.exit_code)
     except Exception as error:
         if os.environ.get("LAZYFS_DEBUG"):
             raise
         return _fail(
-            f"bug: {type(error).__name__}: {error} (LAZYFS_DEBUG=1 shows where; please report it)", EXIT_BUG
+            f"bug: {type(error).__name__}: {error} (LAZYFS_DEBUG=1 shows where; please report it)",
+            own_failure or EXIT_BUG,
         )
 
 

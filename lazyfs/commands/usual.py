@@ -36,7 +36,7 @@ class _Form(NamedTuple):
 
 _CONTAINER_FLAGS = {"-t": "tty", "--tty": "tty", "--read-only": "read_only"}
 _CONTAINER_LISTS = {"-e": "env", "--env": "env", "-v": "volume", "--volume": "volume", "--tmpfs": "tmpfs",
-                    "-o": "options", "--options": "options"}  # fmt: skip
+                    "-o": "options", "--options": "options", "--security-opt": "security_opt"}  # fmt: skip
 _CONTAINER_TEXTS = {"-w": "workdir", "--workdir": "workdir", "-u": "user", "--user": "user",
                     "--entrypoint": "entrypoint", "--hostname": "hostname"}  # fmt: skip
 _RUN_FLAGS = {"--rm": "rm", "-i": "interactive", "--interactive": "interactive"}

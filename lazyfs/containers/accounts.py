@@ -25,7 +25,8 @@ MAX_ADDITIONAL_GROUPS = 65536
 
 
 class Account(NamedTuple):
-    """The ids of a container's process, as the container sees them, and its home directory."""
+    """The ids of a container's process, as the container sees them, and its home directory. `additional_gids` are
+    besides `gid`."""
 
     uid: int = 0
     gid: int = 0
@@ -36,8 +37,8 @@ class Account(NamedTuple):
 def resolve_user(user: str, passwd_bytes: bytes, group_bytes: bytes) -> Account:
     """Turn `user` (``""``, ``name``, ``uid``, each with an optional ``:group`` or ``:gid``) into ids.
 
-    Numbers are taken verbatim. A number without a group gets the primary group passwd gives it, else 0.
-    Supplementary groups are added only for a name without a group. ``""`` is uid 0, gid 0.
+    Numbers are taken verbatim. Without a group the user gets the primary group that passwd gives it, else 0, and the
+    supplementary groups of the name that passwd gives it; with one, none of them. ``""`` is uid 0.
     Absent files are given as ``b""``.
 
     Raises ImageError: an unknown name, an id that is out of range, a malformed `user`, an oversized file.
@@ -58,18 +59,15 @@ def resolve_user(user: str, passwd_bytes: bytes, group_bytes: bytes) -> Account:
         uid = _checked_id(who or "0", "user")
         known = _passwd_entry(passwd_bytes, uid=uid)
         if known is not None:
-            _, gid, home = known
-            if not who:
-                gid = 0
+            name, _, gid, home = known
     else:
-        name = who.encode()
-        known = _passwd_entry(passwd_bytes, name=name)
+        known = _passwd_entry(passwd_bytes, name=who.encode())
         if known is None:
             raise ImageError(
                 f"the image has no user {who[:80]!r} in its /etc/passwd",
                 "choose another one, or a number, with --user",
             )
-        uid, gid, home = known
+        name, uid, gid, home = known
     if group:
         return Account(uid, _group_id(group_bytes, group), (), home)
     return Account(uid, gid, _memberships(group_bytes, name, gid) if name else (), home)
@@ -110,8 +108,8 @@ def _number(field: bytes) -> int | None:
     return int(text)
 
 
-def _passwd_entry(content: bytes, *, name: bytes = b"", uid: int = -1) -> tuple[int, int, str] | None:
-    """uid, gid and home of the first entry with this name (or this uid)."""
+def _passwd_entry(content: bytes, *, name: bytes = b"", uid: int = -1) -> tuple[bytes, int, int, str] | None:
+    """Name, uid, gid and home of the first entry with this name (or this uid)."""
     for fields in _fields(content, 6):
         entry_uid = _number(fields[2])
         if (fields[0] != name) if name else (entry_uid != uid):
@@ -122,7 +120,7 @@ def _passwd_entry(content: bytes, *, name: bytes = b"", uid: int = -1) -> tuple[
                 f"the image's /etc/passwd has no usable numbers for {(name or fields[0])[:80]!r}",
                 "choose numbers with --user UID:GID",
             )
-        return entry_uid, entry_gid, _home(fields[5])
+        return fields[0], entry_uid, entry_gid, _home(fields[5])
     return None
 
 

@@ -5,10 +5,11 @@
        /upper/ /work/         what the container wrote
        /volumes/N/            one for each volume of the image
        /hosts /resolv.conf    copies of the host's, because the network is the host's
+       /hostname              the container's name
 
-Volumes: where the image's directory is empty or missing, a directory of the bundle is mounted, with its owner and mode.
-A directory with contents stays part of the writable root, so that nothing is copied; under a read-only root runc copies
-the contents into a tmpfs.
+Volumes: those in /proc, /sys and /dev are left to the system. Where the image's directory is empty or missing, a
+directory of the bundle is mounted, with its owner and mode. A directory with contents stays part of the writable root,
+so that nothing is copied; under a read-only root runc copies the contents into a tmpfs.
 
 For an ordinary user the root is read-only, because mounting an overlay needs rights over the whole host, and the
 configuration has a user namespace, mapped as `runc spec --rootless` does. With newuidmap(1) and a range in /etc/subuid
@@ -23,7 +24,7 @@ import stat
 from lazyfs.containers.accounts import resolve_user
 from lazyfs.containers.imageroot import ImageRoot
 from lazyfs.containers.spec import SpecOptions, all_mounts, build_spec, check_ids
-from lazyfs.containers.specmounts import Mount, forbidden_place, image_volumes
+from lazyfs.containers.specmounts import SYSTEM_PLACES, Mount, forbidden_place, image_volumes
 from lazyfs.core import lightjson
 from lazyfs.errors import HostError, ImageError, UserError
 from lazyfs.mounting.options import MountOptions
@@ -41,7 +42,7 @@ else:
 
 _MAX_HOSTS_BYTES = 1 << 20
 BUNDLE_CONFIG = "config.json"
-_OWN_FILES = (BUNDLE_CONFIG, "hosts", "resolv.conf", "runc.log")
+_OWN_FILES = (BUNDLE_CONFIG, "hosts", "hostname", "resolv.conf", "runc.log")
 _REMOVAL_S = 120.0
 """How long deleting a bundle's files may take: ext4 deletes 50,000 files/s."""
 
@@ -156,7 +157,7 @@ def write_bundle(directory: str, config: ImageConfig, user: str | None, spec: Sp
             cgroup_namespace=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),  # cgroup v2 only
             hosts_files=_hosts_files(directory, spec.hostname),
         )
-        spec = spec._replace(volumes=_volumes(directory, config, spec, root))
+        spec = spec._replace(volumes=_volumes(directory, config, spec, root, notes))
         if read_only:
             spec = _with_existing_places(spec, root, notes)
         document, more_notes = build_spec(config, account, spec)
@@ -243,34 +244,41 @@ def _write(path: str, content: bytes, mode: int) -> None:
 
 def _hosts_files(directory: str, hostname: str) -> tuple[Mount, ...]:
     """Copies of the host's resolv.conf and hosts (with the container's name): names resolve in the container as on the
-    host, and the container writes to its own copies."""
+    host, and the container writes to its own copies. And the container's name, where the image has perhaps that of the
+    machine it was built on."""
+    contents = {name: _host_file(name) for name in ("resolv.conf", "hosts")}
+    if hostname:
+        separator = b"" if not contents["hosts"] or contents["hosts"].endswith(b"\n") else b"\n"
+        contents["hosts"] += separator + f"127.0.1.1\t{hostname}\n".encode()
+        contents["hostname"] = f"{hostname}\n".encode()
     mounts = []
-    for name in ("resolv.conf", "hosts"):
-        try:
-            with open(f"/etc/{name}", "rb") as file:
-                content = file.read(_MAX_HOSTS_BYTES)
-        except OSError:
-            content = b""
-        if name == "hosts" and hostname:
-            separator = b"" if not content or content.endswith(b"\n") else b"\n"
-            content += separator + f"127.0.1.1\t{hostname}\n".encode()
+    for name, content in contents.items():
         path = os.path.join(directory, name)
         _write(path, content, 0o644)
         mounts.append(Mount(f"/etc/{name}", "bind", path, ("rbind", "rprivate")))
     return tuple(mounts)
 
 
-def _volumes(directory: str, config: ImageConfig, spec: SpecOptions, root: ImageRoot) -> tuple[Mount, ...]:
+def _host_file(name: str) -> bytes:
+    try:
+        with open(f"/etc/{name}", "rb") as file:
+            return file.read(_MAX_HOSTS_BYTES)
+    except OSError:
+        return b""
+
+
+def _volumes(
+    directory: str, config: ImageConfig, spec: SpecOptions, root: ImageRoot, notes: list[str]
+) -> tuple[Mount, ...]:
     """A mount for each volume of the image on which the user has not mounted anything."""
     taken = {mount.destination for mount in spec.mounts}
     mounts = []
     for number, place in enumerate(image_volumes(config)):
         if place in taken:
             continue
-        if forbidden_place(root.canonical(place), ("/proc", "/sys", "/dev")):
-            raise ImageError(
-                f"the image's volume {place[:80]!r} leads through a symbolic link to a system directory"
-            )
+        if forbidden_place(root.canonical(place), SYSTEM_PLACES):  # also by a symbolic link (CVE-2023-27561)
+            notes.append(f"the image's volume {place[:80]!r} lies in a system directory, and is left out")
+            continue
         status = root.status(place)
         if status is not None and not stat.S_ISDIR(status.st_mode):
             raise ImageError(f"the image's volume {place[:80]!r} is not a directory")
@@ -302,7 +310,7 @@ def _with_existing_places(spec: SpecOptions, root: ImageRoot, notes: list[str]) 
     kept = tuple(mount for mount in spec.hosts_files if _place_fits(mount, root))
     if len(kept) < len(spec.hosts_files):
         missing = " or ".join(mount.destination for mount in spec.hosts_files if mount not in kept)
-        notes.append(f"host names may not resolve: the image has no {missing}, and its root is read-only")
+        notes.append(f"the image has no place for {missing}, and its root is read-only: they stay as they are")
     spec = spec._replace(hosts_files=kept)
     mounted: list[str] = []
     for mount in all_mounts(spec):

@@ -31,7 +31,8 @@ else:
 
 class RunRequest(NamedTuple):
     """A container that is asked for. `mount`: options of its root. `name`: also the default of the host name; None: a
-    new one. `remove`: deletes its files when it ends. `grace_s`: from a signal to end until it is killed."""
+    new one. `remove`: deletes its files when it ends. `interactive`: it gets this process's standard input, as it does
+    with a terminal; else none. `grace_s`: from a signal to end until it is killed."""
 
     image: str
     spec: SpecOptions = SpecOptions()
@@ -39,6 +40,7 @@ class RunRequest(NamedTuple):
     mount: MountOptions = MountOptions()
     name: str | None = None
     remove: bool = False
+    interactive: bool = False
     grace_s: float = GRACE_S
 
 
@@ -87,7 +89,10 @@ def _run_claimed(
             made = _prepared(claim, request, options, roots, watched)
             for note in made.notes:
                 say(note)
-            ended = runc.run(claim.directory, claim.name, made.stop_signal, request.grace_s, watched, start)
+            take_input = request.interactive or request.spec.terminal
+            ended = runc.run(
+                claim.directory, claim.name, made.stop_signal, request.grace_s, watched, start, take_input=take_input
+            )
             status, started = ended.status, ended.started
         except _Interrupted as interrupted:
             status = 128 + interrupted.number

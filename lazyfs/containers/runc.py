@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
     from collections.abc import Callable, Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 else:
     import _signal as signal  # what `signal` makes enumerations of, which takes 5 ms
 
@@ -102,33 +102,37 @@ class Runc:
         grace_s: float,
         watched: frozenset[int],
         start: Start | None = None,
+        *,
+        take_input: bool = False,
     ) -> Ended:
         """Runs the bundle's container until it ends.
 
-        It has this process's standard streams, or those of `start`. `stop_signal`: as the image has it. Call it in the
+        It has the streams of `start`; without one this process's standard output and error, and its standard input if
+        `take_input`. `stop_signal`: as the image has it. Call it in the
         main thread, inside `HeldSignals`, which gives `watched`. After an exception the container may still exist: call
         `delete`.
         """
         log = os.path.join(bundle, "runc.log")
         command = self._command("--log", log, "--log-format", "json", "run", "--bundle", bundle, name)
         if start is None:
-            return self._ended(self._spawn(command, watched), log, name, stop_signal, grace_s, watched)
+            actions = [] if take_input else [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+            return self._ended(self._spawn(command, watched, actions), log, name, stop_signal, grace_s, watched)
         import threading  # here: plain containers need none
 
         main = threading.get_ident()
         ended = None
         try:
-            pid = self._spawn(command, watched, start.streams())
+            streams = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(start.streams())]
+            pid = self._spawn(command, watched, streams)
             start.begun(pid, lambda: signal.pthread_kill(main, _STOP))
             ended = self._ended(pid, log, name, stop_signal, grace_s, watched)
         finally:
             start.ended(ended)
         return ended
 
-    def _spawn(self, command: list[str], watched: frozenset[int], streams: tuple[int, ...] = ()) -> int:
-        """Starts runc and returns its process id."""
+    def _spawn(self, command: list[str], watched: frozenset[int], actions: Sequence[tuple[Any, ...]]) -> int:
+        """Starts runc and returns its process id. `actions`: as of posix_spawn, what becomes of descriptors."""
         default = (*watched, signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores the last two
-        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams)]
         try:
             return os.posix_spawn(
                 self._program, command, os.environ, file_actions=actions, setsigmask=(), setsigdef=default

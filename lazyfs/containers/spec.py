@@ -85,7 +85,8 @@ class SpecOptions(NamedTuple):
 
     `command` replaces the image's Cmd; `entrypoint` replaces its Entrypoint and drops its Cmd. `env` entries
     are ``NAME=value``. `mounts` come last, `hosts_files` (resolv.conf, hosts) and `volumes` before them.
-    `terminal_size`: columns, lines; runc sets it too, but later than a program may ask.
+    `terminal_size`: columns, lines; runc sets it too, but later than a program may ask. `no_new_privileges`: set-id
+    programs give no rights.
     `uid_ranges` and `gid_ranges` make it a rootless container: a user namespace with that mapping.
     """
 
@@ -100,6 +101,7 @@ class SpecOptions(NamedTuple):
     mounts: tuple[Mount, ...] = ()
     volumes: tuple[Mount, ...] = ()
     hosts_files: tuple[Mount, ...] = ()
+    no_new_privileges: bool = False
     cgroup_namespace: bool = False
     uid_ranges: tuple[IdRange, ...] = ()
     gid_ranges: tuple[IdRange, ...] = ()
@@ -119,7 +121,7 @@ def build_spec(
         notes.append("supplementary groups are left out: a container of an ordinary user cannot set them")
     spec: dict[str, Any] = {
         "ociVersion": "1.0.2",
-        "process": _process(config, account, options),
+        "process": _process(config, account, options, notes),
         "root": {"path": "rootfs", "readonly": options.read_only},
         "mounts": [_mount(m) for m in all_mounts(options)],
         "linux": _linux(options),
@@ -131,17 +133,19 @@ def build_spec(
     return spec, tuple(notes)
 
 
-def _process(config: ImageConfig, account: Account, options: SpecOptions) -> dict[str, Any]:
+def _process(config: ImageConfig, account: Account, options: SpecOptions, notes: list[str]) -> dict[str, Any]:
     capabilities = list(CAPABILITIES)
     active = capabilities if account.uid == 0 else []
     user: dict[str, Any] = {"uid": account.uid, "gid": account.gid}
-    if account.additional_gids:
-        user["additionalGids"] = list(account.additional_gids)
+    if not options.uid_ranges:
+        # The primary one among them: else a program that drops it by setgid(2) gets rid of a group that is denied
+        # something (CVE-2022-2989 and its kin).
+        user["additionalGids"] = [account.gid, *account.additional_gids]
     process: dict[str, Any] = {
         "terminal": options.terminal,
         "user": user,
         "args": _arguments(config, options),
-        "env": _environment(config, account, options),
+        "env": _environment(config, account, options, notes),
         "cwd": working_directory(config, options.cwd),
         "capabilities": {
             "bounding": capabilities,
@@ -150,7 +154,7 @@ def _process(config: ImageConfig, account: Account, options: SpecOptions) -> dic
             "inheritable": [],  # CVE-2022-24769
             "ambient": [],
         },
-        "noNewPrivileges": True,
+        "noNewPrivileges": options.no_new_privileges,
     }
     if options.terminal and options.terminal_size:
         columns, lines = options.terminal_size
@@ -202,22 +206,30 @@ def _arguments(config: ImageConfig, options: SpecOptions) -> list[str]:
     if options.entrypoint is not None:
         arguments = [*options.entrypoint, *options.command]
     else:
-        arguments = [*config.entrypoint, *(options.command or config.cmd)]
+        entrypoint = () if config.entrypoint == ("",) else config.entrypoint  # how docker build takes one away
+        arguments = [*entrypoint, *(options.command or config.cmd)]
     if not arguments or not arguments[0]:
         error = UserError if asked else ImageError
         raise error("there is no command to run: the image names none", "give one after the image's name")
     return [checked_text(argument, "an argument of the command") for argument in arguments]
 
 
-def _environment(config: ImageConfig, account: Account, options: SpecOptions) -> list[str]:
-    """The image's variables in their order, the user's in their place, then missing defaults."""
+def _environment(config: ImageConfig, account: Account, options: SpecOptions, notes: list[str]) -> list[str]:
+    """The image's variables in their order, the user's in their place, then missing defaults. What of the image is none
+    is left out, as by those who pass it on to a kernel that takes anything."""
     overrides: dict[str, str] = {}
     for entry in options.env:
-        overrides[_variable_name(entry, "-e", UserError)] = entry
+        name = _variable_name(entry, "-e", UserError)
+        if not name:
+            raise UserError(f"a variable of -e is not of the form NAME=value: {entry[:80]!r}")
+        overrides[name] = entry
     env: list[str] = []
     names: set[str] = set()
     for entry in config.env:
         name = _variable_name(entry, "the image's Env", ImageError)
+        if not name:
+            notes.append(f"the image's variable {entry[:80]!r} has no name or no value, and is left out")
+            continue
         if name in overrides and name in names:
             continue
         names.add(name)
@@ -225,17 +237,18 @@ def _environment(config: ImageConfig, account: Account, options: SpecOptions) ->
     env += [entry for name, entry in overrides.items() if name not in names]
     names |= overrides.keys()
     defaults = {"PATH": DEFAULT_PATH, "HOME": account.home}
+    if options.hostname:
+        defaults["HOSTNAME"] = options.hostname
     if options.terminal:
         defaults["TERM"] = "xterm"
     return env + [f"{name}={value}" for name, value in defaults.items() if name not in names]
 
 
 def _variable_name(entry: str, where: str, error: type[ImageError] | type[UserError]) -> str:
+    """The name of a variable; "" if it is not of the form NAME=value."""
     checked_text(entry, f"a variable of {where}", error)
     name, equals, _ = entry.partition("=")
-    if not name or not equals:
-        raise error(f"a variable of {where} is not of the form NAME=value: {entry[:80]!r}")
-    return name
+    return name if equals else ""
 
 
 def working_directory(config: ImageConfig, override: str = "") -> str:

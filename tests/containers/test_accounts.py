@@ -31,7 +31,7 @@ GROUP = b"root:x:0:\nbob:x:1001:\nwheel:x:10:alice,bob\naudio:x:29:bob\nother:x:
         ("bob", Account(1000, 1001, (10, 29), "/home/bob")),
         ("bob:wheel", Account(1000, 10, (), "/home/bob")),
         ("bob:7", Account(1000, 7, (), "/home/bob")),
-        ("1000", Account(1000, 1001, (), "/home/bob")),
+        ("1000", Account(1000, 1001, (10, 29), "/home/bob")),
         ("1000:0", Account(1000, 0, (), "/home/bob")),
         ("4711", Account(4711, 0, (), "/")),
         ("4711:wheel", Account(4711, 10, (), "/")),
@@ -43,6 +43,14 @@ GROUP = b"root:x:0:\nbob:x:1001:\nwheel:x:10:alice,bob\naudio:x:29:bob\nother:x:
 )
 def test_users(user: str, account: Account) -> None:
     assert resolve_user(user, PASSWD, GROUP) == account
+
+
+def test_the_user_that_is_not_named_has_roots_groups() -> None:
+    """As containerd and Docker have it, whatever passwd calls uid 0."""
+    passwd, group = b"toor:x:0:3::/toor:/bin/sh\n", b"bin:x:1:toor,bob\nroot:x:3:\nwheel:x:10:root\n"
+    for user in ("", "0", "toor"):
+        assert resolve_user(user, passwd, group) == Account(0, 3, (1,), "/toor")
+    assert resolve_user(":wheel", passwd, group) == resolve_user("0:10", passwd, group) == Account(0, 10, (), "/toor")
 
 
 def test_without_account_files_only_numbers_work() -> None:

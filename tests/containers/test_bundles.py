@@ -98,8 +98,6 @@ def test_paths_are_followed_inside_the_image(template: Path) -> None:
     [
         ({"WorkingDir": "/link/fd/8"}, "/proc/self"),
         ({"WorkingDir": "/link"}, "proc/1/cwd"),
-        ({"Volumes": {"/link": {}}}, "/proc"),
-        ({"Volumes": {"/link/x": {}}}, "../dev"),
         ({"Volumes": {"/etc/passwd": {}}}, "/"),
     ],
 )

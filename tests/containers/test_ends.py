@@ -47,10 +47,14 @@ def test_what_runc_refuses_is_125(run: Runner) -> None:
     assert not any(run.state.iterdir())
 
 
-def test_standard_input_passes_through(template: Path, tmp_path: Path) -> None:
-    with started(template, tmp_path, "--rm", "image", "cat", stdin=subprocess.PIPE) as process:
+@pytest.mark.parametrize(("flags", "read"), [(["-i"], "through\n"), ([], "")])
+def test_standard_input_passes_through_if_asked_for(
+    template: Path, tmp_path: Path, flags: list[str], read: str
+) -> None:
+    """As in Docker: a container in a shell's loop does not eat what the loop reads."""
+    with started(template, tmp_path, "--rm", *flags, "image", "cat", stdin=subprocess.PIPE) as process:
         out, _ = process.communicate("through\n", timeout=DEADLINE_S)
-    assert (out, process.returncode) == ("through\n", 0)
+    assert (out, process.returncode) == (read, 0)
 
 
 # -- what stays ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def test_the_configuration_reaches_the_process(run: Runner) -> None:
     configure(run.template, Env=["A=1", "B=2"], WorkingDir="/seeded", User="bob", Entrypoint=["sh", "-c"])
     out = run("-e", "B=3", "-e", "C", "image", "id; pwd; echo $A$B-$HOME-$PATH")
     assert out.splitlines() == [
-        "uid=1000(bob) gid=1001(bob) groups=10(wheel)",
+        "uid=1000(bob) gid=1001(bob) groups=10(wheel),1001(bob)",
         "/seeded",
         "13-/home/bob-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     ]
@@ -37,6 +37,9 @@ def test_names_resolve_as_on_the_host(run: Runner) -> None:
     out = run.shell("cat /etc/resolv.conf /etc/hosts; readlink /proc/1/ns/net", "--name", HOSTS)
     assert out.startswith(Path("/etc/resolv.conf").read_text())
     assert f"127.0.1.1\t{HOSTS}" in out
+    assert run.shell("cat /etc/hostname; echo $HOSTNAME", "--hostname", "web1") == "web1\nweb1\n"
+    (run.template / "root" / "etc" / "hostname").write_text("buildkitsandbox\n")
+    assert run.shell("cat /etc/hostname", "--hostname", "web1") == "web1\n"
     assert out.splitlines()[-1] == os.readlink("/proc/self/ns/net")
 
 
@@ -45,7 +48,11 @@ def test_the_process_is_confined(run: Runner) -> None:
         "cat /proc/self/status; ls -d /proc/[0-9]*; ! mount -t tmpfs x /empty 2>&1; ! touch /proc/sys/x 2>&1"
     )
     assert "CapBnd:\t00000000a80425fb" in out  # Docker's set
-    assert "NoNewPrivs:\t1" in out
+    assert "NoNewPrivs:\t0" in out
+    confined = run.shell("cat /proc/self/status", "--security-opt", "no-new-privileges:true")
+    assert "NoNewPrivs:\t1" in confined
+    with pytest.raises(UserError, match="seccomp"):
+        run.status("--security-opt", "seccomp=x", "image")
     assert "/proc/1\n" in out
     assert f"/proc/{os.getpid()}\n" not in out
 
@@ -62,6 +69,26 @@ def test_volumes_tmpfs_and_binds(run: Runner, tmp_path: Path) -> None:
     assert out.split()[-2:] == ["tmpfs", "700"]
     assert (outside / "new").exists()
     assert (outside / "in").read_text() == "hello"
+
+
+@pytest.mark.parametrize("volume", ["data", "./data", "/sys/fs/cgroup", "/dev/shm", '["/a",', "", "/link/fd"])
+def test_volumes_in_odd_forms_do_not_stop_a_container(
+    run: Runner, capfd: pytest.CaptureFixture[str], volume: str
+) -> None:
+    """As Docker runs them; what is the system's stays so."""
+    (run.template / "root" / "link").symlink_to("/proc/self")
+    configure(run.template, Cmd=["ls", "/"], Volumes={volume: {}})
+    assert run.status("--rm", "image") == 0
+    captured = capfd.readouterr()
+    assert ("is left out" in captured.err) == volume.startswith(("/sys", "/dev", "/link"))
+    assert ("data" in captured.out.split()) == volume.endswith("data")
+
+
+def test_a_mount_of_the_user_goes_before_a_volume_in_a_system_directory(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("")
+    configure(run.template, Volumes={"/sys/fs/cgroup": {}})
+    assert run.shell("ls /sys/fs/cgroup", "-v", f"{tmp_path}/mine:/sys/fs/cgroup") == "file\n"
 
 
 def test_a_missing_bind_source_is_refused(run: Runner, tmp_path: Path) -> None:
