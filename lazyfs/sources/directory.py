@@ -85,6 +85,21 @@ class Directory:
         finally:
             os.close(at)
 
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there. HostError: rights."""
+        folder, _, last = name.rpartition("/")
+        at = self._dup()
+        try:
+            for part in folder.split("/") if folder else ():
+                at = _enter(at, part)
+            os.unlink(last, dir_fd=at)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise HostError(f"{self._what}: cannot remove {name}: {error.strerror}", "check the rights") from None
+        finally:
+            os.close(at)
+
     def _open(self, name: str) -> int:
         at = path = -1
         try:

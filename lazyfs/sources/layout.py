@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -79,14 +79,14 @@ class Layout(abc.ABC):
             raise ImageError(f"{self.what}: the manifest {digest} does not match its digest")
         return raw, documents.parse_manifest(raw, "").media_type
 
-    async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
-        """What was attached to a manifest, of one artifact type."""
+    async def referrers(self, subject_digest: str, *artifact_types: str) -> list[Descriptor]:
+        """What was attached to a manifest, of these artifact types."""
         raw = await self._referrers_index(referrers.referrers_tag(subject_digest))
         if raw is None:
             return []
         index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
         entries = index.manifests if isinstance(index, documents.ImageIndex) else ()
-        return [d for d in entries if d.artifact_type == artifact_type]
+        return [d for d in entries if d.artifact_type in artifact_types]
 
     async def _referrers_index(self, tag: str) -> bytes | None:
         """The list of what was attached; None if there is none."""
@@ -210,20 +210,35 @@ class DirectoryLayout(Layout):
         await self.push_blob(manifest)
         name = referrers.referrers_tag(subject.digest)
         async with self._attaching:
-            listed = referrers.add_to_index(await self._referrers_index(name), own)
-            if await self._has_nameless_image():
-                await trio.to_thread.run_sync(self._directory.write, referrers_file(name), listed)
-            else:
-                await self.push_manifest(listed, documents.MEDIA_INDEX, name)
+            await self._keep_referrers(name, referrers.add_to_index(await self._referrers_index(name), own))
         return own.digest
 
-    async def _has_nameless_image(self) -> bool:
+    async def detach(self, subject: Descriptor, artifact: Descriptor, blobs: Sequence[Digest] = ()) -> None:
+        """No longer list an artifact that was attached; its manifest and `blobs` are removed."""
+        name = referrers.referrers_tag(subject.digest)
+        async with self._attaching:
+            raw = await self._referrers_index(name)
+            if raw is None:
+                return
+            await self._keep_referrers(name, referrers.remove_from_index(raw, artifact.digest))
+        for one in (artifact.digest, *blobs):
+            await trio.to_thread.run_sync(self._directory.remove, blob_name(one))
+
+    async def _keep_referrers(self, tag: str, listed: bytes) -> None:
+        if await self._keeps_apart(tag):
+            await trio.to_thread.run_sync(self._directory.write, referrers_file(tag), listed)
+        else:
+            await self.push_manifest(listed, documents.MEDIA_INDEX, tag)
+
+    async def _keeps_apart(self, tag: str) -> bool:
+        """Whether a list is a file of its own: an image has no name, and the list is not in index.json already."""
         try:
             raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
         except NotFound:
             return False
         index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
-        return isinstance(index, documents.ImageIndex) and any(not _name(d) for d in index.manifests)
+        names = [_name(d) for d in index.manifests] if isinstance(index, documents.ImageIndex) else []
+        return "" in names and tag not in names
 
 
 def referrers_file(tag: str) -> str:

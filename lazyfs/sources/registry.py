@@ -7,8 +7,8 @@ signed URL has expired.
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 
 import trio
 
@@ -16,11 +16,11 @@ from lazyfs.core.oci import digests, documents
 from lazyfs.core.oci.digests import Digest, is_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import RegistryReference
-from lazyfs.core.oci.referrers import add_to_index, listed_as, referrers_tag
+from lazyfs.core.oci.referrers import add_to_index, listed_as, referrers_tag, remove_from_index
 from lazyfs.errors import ImageError, LazyfsError, NotFound, RemoteError
 from lazyfs.sources.blobs import fetch_blob, fetch_range, open_blob_stream
-from lazyfs.sources.http import HttpClient, Response, StreamResponse
-from lazyfs.sources.registryapi import MAX_RENEWALS, PULL, PUSH, RegistryApi, unexpected
+from lazyfs.sources.http import BodyTooLarge, HttpClient, Response, StreamResponse
+from lazyfs.sources.registryapi import DELETE, MAX_RENEWALS, PULL, PUSH, RegistryApi, unexpected
 from lazyfs.sources.transfer import Take, TransferCounters
 from lazyfs.sources.urls import led_to
 
@@ -83,8 +83,8 @@ class Registry:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""
         return open_blob_stream(self._http, _Place(self._api, self._places, digest), digest, size_bytes)
 
-    async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
-        """What was attached to a manifest, of one artifact type, from the referrers API and the fallback tag.
+    async def referrers(self, subject_digest: str, *artifact_types: str) -> list[Descriptor]:
+        """What was attached to a manifest, of these artifact types, from the referrers API and the fallback tag.
 
         Both are asked at the same time: many registries know only one. RemoteError only if neither answers.
         """
@@ -92,45 +92,58 @@ class Registry:
         answers: list[list[Descriptor]] = []
         errors: list[LazyfsError] = []
 
-        async def ask(source: Callable[[], AsyncIterator[Descriptor]]) -> None:
+        async def ask(source: Callable[[], Awaitable[Sequence[Descriptor]]]) -> None:
             try:
-                answers.append([descriptor async for descriptor in source()])
+                answers.append([d for d in await source() if d.artifact_type in artifact_types])
             except ImageError:
                 answers.append([])  # a malformed list attaches nothing
             except LazyfsError as error:
                 errors.append(error)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask, lambda: self._from_api(subject_digest, artifact_type))
+            nursery.start_soon(ask, lambda: self._from_api(subject_digest, artifact_types))
             nursery.start_soon(ask, lambda: self._from_tag(tag))
         if not answers:
             raise errors[0]
-        found = {d.digest: d for answer in answers for d in answer if d.artifact_type == artifact_type}
-        return list(found.values())
+        return list({d.digest: d for answer in answers for d in answer}.values())
 
-    async def _from_api(self, subject_digest: str, artifact_type: str) -> AsyncIterator[Descriptor]:
-        path = f"referrers/{subject_digest}?{urllib.parse.urlencode({'artifactType': artifact_type})}"
-        for _ in range(MAX_REFERRER_PAGES):
-            answer = await self._api.call("GET", path, {"Accept": documents.MEDIA_INDEX}, documents.MAX_MANIFEST_BYTES)
-            if answer.status != 200:  # 404, 405, 400: this registry has no such API
-                return
-            index = documents.parse_manifest(answer.body, answer.headers.get("Content-Type", ""))
-            if not isinstance(index, documents.ImageIndex):
-                return
-            for descriptor in index.manifests:
-                yield descriptor
-            link = answer.headers.get("Link", "")
-            if 'rel="next"' not in link:
-                return
-            target = led_to(answer.url, link.partition("<")[2].partition(">")[0], answer.peer)
-            prefix = await self._api.url("")
-            if not target.startswith(prefix):
-                return  # nobody else knows what refers to an image of this repository
-            path = target.removeprefix(prefix)
+    async def _from_api(self, subject_digest: str, artifact_types: Sequence[str]) -> list[Descriptor]:
+        """One question for all types, if what is attached fits into one answer; else one for each, as the registry may
+        then leave out the rest."""
+        path = f"referrers/{subject_digest}"
+        if len(artifact_types) > 1:
+            with suppress(BodyTooLarge):
+                found, following = await self._page(path)
+                if not following:
+                    return found
+        found = []
+        for artifact_type in artifact_types:
+            following = f"{path}?{urllib.parse.urlencode({'artifactType': artifact_type})}"
+            for _ in range(MAX_REFERRER_PAGES):
+                page, following = await self._page(following)
+                found += page
+                if not following:
+                    break
+        return found
 
-    async def _from_tag(self, tag: str) -> AsyncIterator[Descriptor]:
-        for descriptor in (await self._fallback_index(tag))[1]:
-            yield descriptor
+    async def _page(self, path: str) -> tuple[list[Descriptor], str]:
+        """One answer of the referrers API, and where it goes on, or ""."""
+        answer = await self._api.call("GET", path, {"Accept": documents.MEDIA_INDEX}, documents.MAX_MANIFEST_BYTES)
+        if answer.status != 200:  # 404, 405, 400: this registry has no such API
+            return [], ""
+        index = documents.parse_manifest(answer.body, answer.headers.get("Content-Type", ""))
+        if not isinstance(index, documents.ImageIndex):
+            return [], ""
+        link = answer.headers.get("Link", "")
+        if 'rel="next"' not in link:
+            return list(index.manifests), ""
+        target = led_to(answer.url, link.partition("<")[2].partition(">")[0], answer.peer)
+        prefix = await self._api.url("")
+        # Nobody else knows what refers to an image of this repository.
+        return list(index.manifests), target.removeprefix(prefix) if target.startswith(prefix) else ""
+
+    async def _from_tag(self, tag: str) -> tuple[Descriptor, ...]:
+        return (await self._fallback_index(tag))[1]
 
     async def _fallback_index(self, tag: str) -> tuple[bytes | None, tuple[Descriptor, ...]]:
         """The index at a referrers fallback tag: bytes and entries, (None, ()) if there is none."""
@@ -206,15 +219,39 @@ class Registry:
 
     async def _list(self, own: Descriptor, tag: str) -> None:
         """Puts an entry into the index at a referrers fallback tag."""
+        refused: tuple[bytes | None, RemoteError] | None = None
         for attempt in range(ATTACH_ROUNDS + 1):
             raw, entries = await self._fallback_index(tag)
             if any(entry.digest == own.digest for entry in entries):
                 return
+            if refused is not None and refused[0] == raw:
+                raise refused[1]
             if attempt == ATTACH_ROUNDS:
                 raise RemoteError(f"{self._api.name}:{tag} is being changed by others", "try again")
             if attempt:
                 await trio.sleep(self._http.retry.delay_s(attempt))
-            await self._put_manifest(add_to_index(raw, own), documents.MEDIA_INDEX, tag)
+            try:
+                await self._put_manifest(add_to_index(raw, own), documents.MEDIA_INDEX, tag)
+                refused = None
+            except RemoteError as error:  # docker-registry refuses an index of what somebody has deleted meanwhile
+                refused = raw, error
+
+    async def detach(self, subject: Descriptor, artifact: Descriptor, blobs: Sequence[Digest] = ()) -> None:
+        """No longer list an artifact that was attached. A registry with a referrers API is asked to delete it, and goes
+        on listing it if that is not allowed. It collects `blobs` itself."""
+        tag = referrers_tag(subject.digest)
+        async with self._attaching:
+            raw, entries = await self._fallback_index(tag)
+            if raw is not None and any(entry.digest == artifact.digest for entry in entries):
+                await self._put_manifest(remove_from_index(raw, artifact.digest), documents.MEDIA_INDEX, tag)
+                return  # not deleted: somebody may just be writing an index that has it, which must not lead nowhere
+        try:
+            listed = await self._from_api(subject.digest, [artifact.artifact_type])
+            if any(one.digest == artifact.digest for one in listed):
+                await self._api.call("DELETE", f"manifests/{artifact.digest}", actions=DELETE, retry=False)
+        except RemoteError as error:
+            if error.temporary:
+                raise
 
 
 class _Place:

@@ -19,7 +19,7 @@ from lazyfs.sources.urls import is_loopback, origin, redact, split_host
 DOCKER_HUB_API = "registry-1.docker.io"
 MAX_RENEWALS = 2  # a token may expire between being fetched and being used; a second refusal is a refusal
 
-PULL, PUSH = "pull", "pull,push"
+PULL, PUSH, DELETE = "pull", "pull,push", "delete"
 
 
 class RegistryApi:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,8 +41,8 @@ class Source(Protocol):
     def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order in pieces of at most 1 MiB; verified after the last piece (ImageError)."""
 
-    async def referrers(self, subject_digest: str, artifact_type: str) -> list[Descriptor]:
-        """What was attached to a manifest, of one artifact type; nothing if there is no such manifest."""
+    async def referrers(self, subject_digest: str, *artifact_types: str) -> list[Descriptor]:
+        """What was attached to a manifest, of these artifact types; nothing if there is no such manifest."""
 
     async def push_blob(self, data: bytes) -> Digest:
         """Store a blob unless it is there; returns its digest."""
@@ -52,6 +52,10 @@ class Source(Protocol):
 
     async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Store an artifact manifest whose subject is `subject`, found by `referrers()` once; returns its digest."""
+
+    async def detach(self, subject: Descriptor, artifact: Descriptor, blobs: Sequence[Digest] = ()) -> None:
+        """Undo attach(), so far as the place allows: a registry may go on listing it. `blobs`: what only this artifact
+        has, to be removed where nobody else does that."""
 
     async def aclose(self) -> None:
         """Release connections and files. Idempotent."""

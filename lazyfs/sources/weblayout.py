@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,10 @@ class WebLayout(Layout):
         raise self._read_only()
 
     async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
+        """UserError: web layouts are read-only."""
+        raise self._read_only()
+
+    async def detach(self, subject: Descriptor, artifact: Descriptor, blobs: Sequence[Digest] = ()) -> None:
         """UserError: web layouts are read-only."""
         raise self._read_only()
 

@@ -15,7 +15,7 @@ import trio
 from lazyfs.core.oci import documents
 from lazyfs.core.oci.digests import DiffId, Digest
 from lazyfs.core.oci.documents import Descriptor, Manifest
-from lazyfs.core.oci.reference import parse_reference
+from lazyfs.core.oci.reference import RegistryReference, parse_reference
 from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.errors import ImageError, NotFound, RemoteError, UserError
 from lazyfs.sources.access import Access
@@ -94,8 +94,8 @@ async def store(place: Place, layer: bytes = BLOB) -> tuple[bytes, Descriptor]:
     return raw, Descriptor(documents.MEDIA_MANIFEST, digest, len(raw))
 
 
-def artifact(subject: Descriptor, number: int = 0) -> bytes:
-    return build_artifact(TYPE, [], subject, {"n": str(number)})
+def artifact(subject: Descriptor, number: int = 0, artifact_type: str = TYPE) -> bytes:
+    return build_artifact(artifact_type, [], subject, {"n": str(number)})
 
 
 async def test_documents(place: Place) -> None:
@@ -232,6 +232,7 @@ async def test_pushing(place: Place) -> None:
                 source.push_blob(b"x"),
                 source.push_manifest(raw, image.media_type, "v2"),
                 source.attach(image, artifact(image)),
+                source.detach(image, image),
             ):
                 with pytest.raises(UserError, match="cannot be written"):
                     await push
@@ -265,6 +266,39 @@ async def test_attaching(place: Place) -> None:
         assert (await source.manifest("v1"))[1] == documents.MEDIA_MANIFEST
 
 
+async def test_several_types_are_one_question(place: Place) -> None:
+    _, image = await store(place)
+    async with opened(place.reference) as source, opened(place.writer) as writer:
+        digests = [await writer.attach(image, artifact(image, n, kind)) for n, kind in enumerate((TYPE, "a/b", "c/d"))]
+        await source.manifest("v1")
+        before = source.counters.requests
+        assert [one.digest for one in await source.referrers(image.digest, TYPE, "a/b")] == digests[:2]
+        asked = source.counters.requests - before
+        await source.referrers(image.digest, TYPE)
+        assert source.counters.requests - before == 2 * asked
+
+
+async def test_detaching(place: Place) -> None:
+    """The artifact is listed no longer; where it is a file, it is gone, with what only it has. Others stay."""
+    _, image = await store(place)
+    async with opened(place.reference) as source, opened(place.writer) as writer:
+        blob = await writer.push_blob(os.urandom(30))
+        for number in range(3):
+            await writer.attach(image, artifact(image, number))
+        first, second, third = await source.referrers(image.digest, TYPE)
+        for _ in range(2):
+            await writer.detach(image, second, [blob])
+            assert await source.referrers(image.digest, TYPE) == [first, third]
+        if not isinstance(parse_reference(place.writer), RegistryReference):
+            for read in (source.manifest(second.digest), source.blob(blob, 30)):
+                with pytest.raises(NotFound):
+                    await read
+        assert (await source.manifest(third.digest))[0] == artifact(image, 2)
+        await writer.detach(image._replace(digest=ABSENT), first)
+        await writer.attach(image, artifact(image, 1))
+        assert await source.referrers(image.digest, TYPE) == [first, third, second]
+
+
 OPERATIONS: dict[str, Callable[[Source, Descriptor], Awaitable[object]]] = {
     "manifest": lambda source, image: source.manifest("v1"),
     "blob": lambda source, image: source.blob(DIGEST, len(BLOB)),
@@ -274,6 +308,7 @@ OPERATIONS: dict[str, Callable[[Source, Descriptor], Awaitable[object]]] = {
     "push_blob": lambda source, image: source.push_blob(b"new"),
     "push_manifest": lambda source, image: source.push_manifest(b'{"schemaVersion": 2}', image.media_type, "v1"),
     "attach": lambda source, image: source.attach(image, artifact(image)),
+    "detach": lambda source, image: source.detach(image, image),
 }
 READING = ("manifest", "blob", "blob_range", "blob_stream", "referrers")
 

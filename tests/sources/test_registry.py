@@ -47,6 +47,59 @@ async def test_attach_to_a_registry_that_tracks_subjects(server: RegistryServer,
             assert await registry.referrers(subject, TYPE) == [wanted]
 
 
+async def test_what_does_not_fit_into_one_answer_is_asked_for_by_type(server: RegistryServer) -> None:
+    """Much is attached: the registry is asked to leave out what is not wanted, so that ours is not pages away."""
+    subject = sha256_digest(b"subject")
+    kinds = (TYPE, "a/b", "c/d")
+    ours = [Descriptor(documents.MEDIA_MANIFEST, sha256_digest(kind.encode()), 1, artifact_type=kind) for kind in kinds]
+    index = referrers.add_to_index(referrers.add_to_index(None, ours[0]), ours[1])
+    headers = {"Content-Type": documents.MEDIA_INDEX}
+    link = {"Link": f'</v2/demo/referrers/{subject}?page=2>; rel="next"'}
+    first = Rule("status", "/referrers/", status=200, headers=headers | link, body=index)
+    following = Rule("status", "/referrers/", status=200, headers=headers, body=index, times=None)
+    with FaultProxy(server, first, following) as proxy:
+        async with open_registry(proxy.host) as registry:
+            assert await registry.referrers(subject, *kinds) == ours[:2]
+        asked = [one.path.partition("?")[2] for one in proxy.matching("GET", "/referrers/")]
+        assert asked == ["", *(f"artifactType={kind.replace('/', '%2F')}" for kind in kinds)]
+
+
+async def test_detach_from_a_registry_that_tracks_subjects(server: RegistryServer) -> None:
+    """The manifest is deleted if the registry lists it, and a registry that forbids that is no failure."""
+    subject = Descriptor(documents.MEDIA_MANIFEST, sha256_digest(b"subject"), 7)
+    ours = Descriptor(documents.MEDIA_MANIFEST, sha256_digest(b"ours"), 1, artifact_type=TYPE)
+    headers = {"Content-Type": documents.MEDIA_INDEX}
+    listing = Rule(
+        "status", "/referrers/", status=200, headers=headers, body=referrers.add_to_index(None, ours), times=None
+    )
+    for status in (202, 403, 404, 405):
+        with FaultProxy(server, listing, Rule("status", "/manifests/", "DELETE", status=status, times=None)) as proxy:
+            async with open_registry(proxy.host) as registry:
+                await registry.detach(subject, ours)
+                await registry.detach(subject, ours._replace(digest=sha256_digest(b"other")))
+            assert [one.path for one in proxy.matching("DELETE")] == [f"/v2/demo/manifests/{ours.digest}"]
+
+
+async def test_attaching_while_another_entry_goes(server: RegistryServer) -> None:
+    """The list that was read is out of date when it is written, and the registry refuses it: it is read again."""
+    subject = Descriptor(documents.MEDIA_MANIFEST, sha256_digest(b"list"), 4)
+    manifest = referrers.build_artifact(TYPE, [], subject, {})
+    async with open_registry(server.host) as registry:
+        await registry.push_blob(b"{}")
+    gone = Descriptor(documents.MEDIA_MANIFEST, sha256_digest(b"gone"), 1, artifact_type=TYPE)
+    headers = {"Content-Type": documents.MEDIA_INDEX}
+    body = referrers.add_to_index(None, gone)
+    old = Rule("status", "/manifests/sha256-", "GET", status=200, headers=headers, body=body)
+    with FaultProxy(server, old) as proxy:
+        async with open_registry(proxy.host) as registry:
+            attached = await registry.attach(subject, manifest)
+            assert [one.digest for one in await registry.referrers(subject.digest, TYPE)] == [attached]
+        old.times = None
+        async with open_registry(proxy.host) as registry:
+            with pytest.raises(RemoteError, match="MANIFEST"):
+                await registry.attach(subject, manifest)
+
+
 async def test_basic_auth(tmp_path: Path) -> None:
     """A login from an auth file is sent only after the registry asked; a wrong or missing one is told."""
     with RegistryServer(tmp_path, htpasswd=("me", "pass:word")) as server, FaultProxy(server) as proxy:

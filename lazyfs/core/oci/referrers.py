@@ -78,3 +78,12 @@ def add_to_index(raw: bytes | None, descriptor: Descriptor) -> bytes:
         return raw or b""
     document["manifests"] = [*listed, descriptor.to_json()]
     return json.dumps(document, indent=1).encode()
+
+
+def remove_from_index(raw: bytes, digest: str) -> bytes:
+    """The index `raw` without the entry of that digest; all else stays as it is."""
+    parse_manifest(raw, MEDIA_INDEX)
+    document = load_json(raw, "the index")
+    listed = document.get("manifests") or []
+    document["manifests"] = [one for one in listed if not isinstance(one, dict) or one.get("digest") != digest]
+    return json.dumps(document, indent=1).encode()
