@@ -7,6 +7,7 @@
                                           /image-elsewhere   its index, as an index repository has it, behind a line
                                                              that names that
                                           /lacks-<sha256>    an index repository had none, and when
+                                          /packs             startup packs that were found attached to it, and when
                                           /namespace.erofs   the EROFS metadata of the index, as a file
                                           /index, /windows   an index of version 1, and the digest of its windows blob
                                           /groups/           windows of that, one file a group
@@ -31,8 +32,10 @@ from lazyfs.errors import HostError
 _MADE, _ATTACHED, _ELSEWHERE = "image-made", "image-attached", "image-elsewhere"
 _V1, _V1_WINDOWS = "index", "windows"
 _INDEXES = (_MADE, _ATTACHED, _ELSEWHERE, _V1)
-# How long an index repository that had no index of an image is not asked again.
+_PACKS = "packs"
+# How long nobody is asked again who said what he has of an image.
 LACKING_S = 300.0
+_MAX_NOTE_BYTES = 64 << 10
 
 
 def index_directory(cache: CacheDirectory, manifest_digest: Digest) -> str:
@@ -106,6 +109,25 @@ def forget_lacking(cache: CacheDirectory, manifest_digest: Digest, place: str) -
     """It has one now."""
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(index_directory(cache, manifest_digest), _lacking(place)))
+
+
+def note_packs(cache: CacheDirectory, manifest_digest: Digest, note: bytes) -> None:
+    """Files which packs are attached to an image. It only saves time: a full disk is no error."""
+    content = b"%d\n%b" % (time.time(), note)
+    write_small(make_index_directory(cache, manifest_digest), _PACKS, content)
+
+
+def noted_packs(cache: CacheDirectory, manifest_digest: Digest) -> bytes | None:
+    """What was filed just now (LACKING_S)."""
+    noted = read_file(os.path.join(index_directory(cache, manifest_digest), _PACKS)) or b""
+    time_s, _, note = noted[:_MAX_NOTE_BYTES].partition(b"\n")
+    return note if time_s.isdigit() and 0 <= time.time() - int(time_s[:20]) < LACKING_S else None
+
+
+def forget_packs(cache: CacheDirectory, manifest_digest: Digest) -> None:
+    """They may be others now."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(index_directory(cache, manifest_digest), _PACKS))
 
 
 def _lacking(place: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,12 +31,15 @@ from lazyfs.core.oci.documents import (
 )
 from lazyfs.core.oci.platforms import parse_platform, runs_on
 from lazyfs.core.oci.reference import parse_reference
-from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound, RemoteError, UserError
+from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
+from lazyfs.images.attached import Attached, of_type
 from lazyfs.images.elsewhere import IndexRepository, delivery_for
 from lazyfs.images.heads import Heads, check_fits
 from lazyfs.images.resolve import Resolved, close_source
 from lazyfs.sources.source import Source
-from lazyfs.tasks import beside, together
+from lazyfs.tasks import beside
+
+_MAX_ARTIFACTS = 8  # of an index repository that are looked at; the same image indexed twice gives the same one
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +113,25 @@ def check_config(resolved: Resolved, raw: bytes) -> None:
 
 
 async def find_index(
-    cache: CacheDirectory, resolved: Resolved, *, offline: bool = False, all_layers: bool = False
+    cache: CacheDirectory,
+    resolved: Resolved,
+    *,
+    offline: bool = False,
+    all_layers: bool = False,
+    attached: Attached | None = None,
 ) -> Found | Missing:
     """The image's index: from the cache, or attached in the registry, or in the first index repository that has one;
     and then kept in the cache.
 
     One that is damaged, of another version or of another image is passed over, and the next one tried; so are index
-    repositories that fail. `all_layers`: with those in which no file's data lies. Raises RemoteError if the registry
-    cannot say what is attached just now, or not deliver it; HostError: disk.
+    repositories that fail. `all_layers`: with those in which no file's data lies. `attached`: what is attached to this
+    image, if others look for it, too; its owner closes it when what was found is used no more. Raises RemoteError if
+    the registry cannot say what is attached just now, or not deliver it; HostError: disk.
     """
     finder = _Finder(cache, resolved, offline, all_layers)
     found = await finder.in_cache()
     if found is None and not offline:
-        found = await finder.attached()
+        found = await (finder.attached() if attached is None else finder.search(attached))
     if found is None:
         return Missing(resolved.manifest_digest, tuple(finder.reasons), finder.damaged)
     return found
@@ -182,47 +191,47 @@ class _Finder:
         return None
 
     async def attached(self) -> Found | None:
-        """The first of the newer version that is whole and of this image, in the image's own repository or else an
-        index repository, all of which are asked at once; else one of the older version."""
-        templates = self._resolved.access.index_repositories
-        repositories = [IndexRepository(self._cache, self._resolved, template) for template in templates]
-        if not repositories:
-            return await self._search(())
+        """As search(); nothing stays open but what was found."""
+        attached = Attached(self._cache, self._resolved)
         found: Found | None = None
         try:
-            asking = functools.partial(together, *(one.ask for one in repositories))
-            found = await beside(functools.partial(self._search, repositories), background=asking)
+            found = await self.search(attached)
             return found
         finally:
-            for one in repositories:
-                if found is None or found.source is not one.source:
-                    await one.aclose()
+            await attached.aclose(found.source if found is not None else None)
 
-    async def _search(self, repositories: Sequence[IndexRepository]) -> Found | None:
-        found = await self._in_own_repository()
-        for one in repositories:
+    async def search(self, attached: Attached) -> Found | None:
+        """The first of the newer version that is whole and of this image, in the image's own repository or else an
+        index repository, all of which are asked at once; else one of the older version."""
+        search = functools.partial(self._search, attached)
+        if not attached.repositories:
+            return await search()
+        return await beside(search, background=attached.ask_repositories)
+
+    async def _search(self, attached: Attached) -> Found | None:
+        found = await self._in_own_repository(attached)
+        for one in attached.repositories:
             found = found or await self._in_index_repository(one)
-        return found or await self._of_version_1()
+        return found or await self._of_version_1(attached)
 
-    async def _in_own_repository(self) -> Found | None:
-        source = self._resolved.source
-        for artifact in await _referrers(source, self._digest, imageindex.ARTIFACT_TYPE):
+    async def _in_own_repository(self, attached: Attached) -> Found | None:
+        for artifact in of_type(await attached.own(), imageindex.ARTIFACT_TYPE):
             try:
-                return await self._taken(source, "", artifact.digest)
+                return await self._taken(self._resolved.source, "", artifact.digest)
             except LazyfsError as error:
                 self._pass_over(f"attached {artifact.digest[:19]}", error)
         return None
 
     async def _in_index_repository(self, repository: IndexRepository) -> Found | None:
-        artifacts, problem = await repository.answer()
+        artifacts = of_type(await repository.answer(), imageindex.ARTIFACT_TYPE)
         which = f"index repository {repository.place}"
-        if problem:
-            self.reasons.append(f"{which}: {problem}")
+        if repository.problem:
+            self.reasons.append(f"{which}: {repository.problem}")
         if repository.source is None:
             return None
         delivery = repository.delivery()
         with delivery.scope:
-            for artifact in artifacts:
+            for artifact in artifacts[:_MAX_ARTIFACTS]:
                 try:
                     return await self._taken(repository.source, repository.place, artifact.digest, delivery.expect)
                 except LazyfsError as error:
@@ -246,9 +255,9 @@ class _Finder:
         images.keep_index(self._cache, self._digest, blob, place)
         return found
 
-    async def _of_version_1(self) -> Found | None:
+    async def _of_version_1(self, attached: Attached) -> Found | None:
         source = self._resolved.source
-        for artifact in await _referrers(source, self._digest, v1.ARTIFACT_TYPE):
+        for artifact in of_type(await attached.own(), v1.ARTIFACT_TYPE):
             try:
                 blob, windows_digest = await _v1_index(source, artifact.digest)
                 found = await self._opened_v1(blob, windows_digest, artifact.digest)
@@ -350,15 +359,3 @@ async def _blobs(source: Source, digest: str, media_type: str, most_bytes: int) 
     if artifact.layers[0].size_bytes > most_bytes:
         raise ImageError(f"it is larger than {most_bytes >> 20} MiB")
     return artifact.layers
-
-
-async def _referrers(source: Source, manifest_digest: str, artifact_type: str) -> list[Descriptor]:
-    """What is attached; nothing if the registry does not say (some forbid the question)."""
-    try:
-        return await source.referrers(manifest_digest, artifact_type)
-    except RemoteError as error:
-        if error.temporary:
-            raise
-    except (ImageError, NotFound):
-        pass
-    return []

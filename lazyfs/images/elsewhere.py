@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import forget_lacking, is_lacking, note_lacking
-from lazyfs.core.index.imageindex import ARTIFACT_TYPE
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.indexrepository import index_repository, place_of
 from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.errors import LazyfsError
-from lazyfs.images.resolve import Resolved, close_source
+from lazyfs.images.resolve import Resolved
 from lazyfs.sources.source import Source
 
 # The longest a mount waits for the answer of an index repository, which is asked while the image's own is. With a login
@@ -22,63 +23,57 @@ MIN_BYTES_PER_S = 256 << 10
 # However large it is, and however many index repositories there are, all that takes so many times the patience of the
 # image's source, which is half of `timeout=`: an image has to be open within eight of them.
 _PATIENCES = 2
-_MAX_ARTIFACTS = 8  # that are looked at; the same image indexed twice gives the same one
 
 
 class IndexRepository:
-    """One index repository, as `template` says, and what it has of an image. Close it, or its source."""
+    """One index repository, as `template` says, and what it has of an image. `source` is closed by the caller."""
 
-    def __init__(self, cache: CacheDirectory, resolved: Resolved, template: str) -> None:
+    def __init__(self, cache: CacheDirectory, resolved: Resolved, template: str, artifact_types: Sequence[str]) -> None:
         self.place = template  # as text, once it was asked without placeholders
         self.source: Source | None = None
+        self.problem = ""  # why it has nothing, if that is not simply so; once it was asked
         self._cache = cache
         self._resolved = resolved
         self._template = template
+        self._artifact_types = artifact_types
         self._answer_s = _answer_s(resolved)
-        self._artifacts: list[Descriptor] = []
-        self._problem = ""
-        self._asked = trio.Event()
+        self._artifacts: list[Descriptor] | None = None
+        self._asking = trio.Lock()
         self._all_until_s = _all_until_s(resolved)
 
-    async def ask(self) -> None:
-        """Asks for the image's indexes, once. Ends within ANSWER_S, and never fails."""
-        try:
-            with trio.fail_after(self._answer_s):
-                await self._ask()
-        except trio.TooSlowError:
-            self._problem = f"no answer within {self._answer_s:g} s"
-        except LazyfsError as error:
-            self._problem = error.message
-        finally:
-            self._asked.set()
+    async def answer(self) -> Sequence[Descriptor]:
+        """What it has; it is asked once. Ends within ANSWER_S, and never fails."""
+        async with self._asking:
+            if self._artifacts is None:
+                try:
+                    with trio.fail_after(self._answer_s):
+                        self._artifacts = await self._ask()
+                except trio.TooSlowError:
+                    self.problem = f"no answer within {self._answer_s:g} s"
+                except LazyfsError as error:
+                    self.problem = error.message
+                self._artifacts = self._artifacts or []
+            return self._artifacts
 
-    async def _ask(self) -> None:
+    async def _ask(self) -> list[Descriptor]:
         reference = index_repository(self._template, self._resolved.reference)
         self.place = place_of(reference)
         digest = self._resolved.manifest_digest
         if is_lacking(self._cache, digest, self.place):
-            return
-        self.source = self._resolved.open_beside(reference)
-        self._artifacts = await self.source.referrers(digest, ARTIFACT_TYPE)
+            return []
+        if self.source is None:
+            self.source = self._resolved.open_beside(reference)
+        artifacts = await self.source.referrers(digest, *self._artifact_types)
         # One that stumbled did not say no. A directory is asked for nothing.
-        if self._artifacts:
+        if artifacts:
             forget_lacking(self._cache, digest, self.place)
         elif not self.source.counters.retries and not isinstance(reference, DirectoryReference):
             note_lacking(self._cache, digest, self.place)
-
-    async def answer(self) -> tuple[list[Descriptor], str]:
-        """Once it was asked: the artifacts to look at, and why there are none if that is not simply so."""
-        await self._asked.wait()
-        return self._artifacts[:_MAX_ARTIFACTS], self._problem
+        return artifacts
 
     def delivery(self) -> Delivery:
         """The time for what it has, from now."""
         return Delivery(self._answer_s, self._all_until_s)
-
-    async def aclose(self) -> None:
-        """Closes its source. Idempotent."""
-        if self.source is not None:
-            await close_source(self.source)
 
 
 class Delivery:

@@ -5,8 +5,10 @@ Works on any source that takes pushes: the image's own registry or layout direct
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import AsyncIterator
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import forget_lacking, keep_index
@@ -30,21 +32,28 @@ _PUSHES_AT_ONCE = 8
 async def push_index(cache: CacheDirectory, resolved: Resolved, built: BuiltIndex, repository: str = "") -> str:
     """Attaches the index to its image where that comes from, or in an index repository (core/oci/indexrepository.py),
     and notes it in the cache. As attach_index."""
-    source, place = resolved.source, ""
-    if repository:
-        reference = index_repository(repository, resolved.reference)
-        if isinstance(reference, DirectoryReference):
-            _make_layout(reference.path)
-        source, place = resolved.open_beside(reference), place_of(reference)
-    try:
+    async with place_to_push(resolved, repository) as (source, place):
         digest = await attach_index(source, resolved, built)
-    finally:
-        if repository:
-            await close_source(source)
     keep_index(cache, resolved.manifest_digest, built.index, place)
-    if repository:
+    if place:
         forget_lacking(cache, resolved.manifest_digest, place)
     return digest
+
+
+@contextlib.asynccontextmanager
+async def place_to_push(resolved: Resolved, repository: str = "") -> AsyncIterator[tuple[Source, str]]:
+    """The image's own repository, or an index repository, whose directory is made if need be: source and place."""
+    if not repository:
+        yield resolved.source, ""
+        return
+    reference = index_repository(repository, resolved.reference)
+    if isinstance(reference, DirectoryReference):
+        make_layout(reference.path)
+    source = resolved.open_beside(reference)
+    try:
+        yield source, place_of(reference)
+    finally:
+        await close_source(source)
 
 
 async def attach_index(source: Source, resolved: Resolved, built: BuiltIndex) -> str:
@@ -58,22 +67,25 @@ async def attach_index(source: Source, resolved: Resolved, built: BuiltIndex) ->
         Descriptor(IMAGE_MEDIA_TYPE, sha256_digest(built.index), len(built.index)),
         *(Descriptor(LAYER_MEDIA_TYPE, digest, len(blob)) for digest, blob in built.layers.items()),
     ]
-    subject = Descriptor(
-        resolved.manifest.media_type, Digest(resolved.manifest_digest), len(resolved.manifest_bytes)
-    )
+    subject = subject_of(resolved)
     return await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
+
+
+def subject_of(resolved: Resolved) -> Descriptor:
+    """The image manifest, as what is attached refers to it."""
+    return Descriptor(resolved.manifest.media_type, Digest(resolved.manifest_digest), len(resolved.manifest_bytes))
 
 
 async def write_layout(directory: str, resolved: Resolved, built: BuiltIndex) -> str:
     """Writes the index artifact into an OCI image layout at `directory`, made if it is missing."""
-    layout = open_source(DirectoryReference(_make_layout(directory)), Access())
+    layout = open_source(DirectoryReference(make_layout(directory)), Access())
     try:
         return await attach_index(layout, resolved, built)
     finally:
         await layout.aclose()
 
 
-def _make_layout(directory: str) -> str:
+def make_layout(directory: str) -> str:
     """An empty layout, unless there is one already; returns its absolute path."""
     try:
         os.makedirs(os.path.join(directory, "blobs", "sha256"), exist_ok=True)
