@@ -123,6 +123,35 @@ def test_large_directories_grow() -> None:
     assert namespace(grown, 2) == namespace(flatten(layers), 2)
 
 
+def test_a_large_directory_that_does_not_change() -> None:
+    many = [file(f"d/{number:05}", number % 3) for number in range(3000)]
+    layers = [[*many, hardlink("d/02000.5", "d/00001"), directory("d/00100.5")], [file("a")]]
+    grown = extend(read_back(namespace(flatten(layers[:1]), 1), 1), layers[1:], 1)
+    assert namespace(grown, 2) == namespace(flatten(layers), 2)
+
+
+def test_what_cannot_be_written_is_named_in_a_directory_that_does_not_change() -> None:
+    base = read_back(namespace(flatten([[directory("d/e"), file("d/f")]]), 1), 1)
+    grown = extend(base, [[directory("d/e", xattrs={b"system.posix_acl_access": b"bad"})]], 1)
+    with pytest.raises(ImageError, match="b'e': its ACL"):
+        namespace(grown, 2)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 1 << 14), st.binary(min_size=1, max_size=8))
+def test_a_damaged_namespace_is_a_tree_or_an_error(place: int, damage: bytes) -> None:
+    """No other exception, whatever is made of it."""
+    layer = [directory("d"), file("d/a", 3), file("d/b", 0), hardlink("l", "d/a"), symlink("s", "d"), file("f", 9)]
+    image = bytearray(namespace(flatten([layer]), 1))
+    place %= len(image) - len(damage)
+    image[place : place + len(damage)] = damage
+    try:
+        tree = read_tree(ErofsReader(bytes(image)), [device.content_root for device in DEVICES[:1]])
+        namespace(extend(tree, [[file("d/c"), hardlink("m", "f"), file(".wh.s")]], 1), 2)
+    except ImageError:
+        pass
+
+
 def test_devices_of_other_layers_are_an_error() -> None:
     reader = ErofsReader(namespace(flatten([[file("a")]]), 1))
     with pytest.raises(ImageError, match="does not have"):

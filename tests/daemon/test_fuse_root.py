@@ -122,7 +122,7 @@ def test_reads_anywhere_in_a_file(tmp_path: Path, target: Path, serve: Serve) ->
     builder = TreeBuilder(tmp_path / "image")
     content = random.Random(2).randbytes(3_000_001)
     assert builder.root.children is not None
-    builder.root.children |= {b"before": builder.file(b"b" * 5000, layer=1), b"huge": builder.huge()}
+    builder.root.children.update({b"before": builder.file(b"b" * 5000, layer=1), b"huge": builder.huge()})
     builder.root.children[b"file"] = builder.file(content, layer=1)
     builder.root.children[b"after"] = builder.file(b"a" * 5000, layer=1)
     serve(builder.finish()).mount()
@@ -147,7 +147,7 @@ def test_directory_positions_stay_valid(tmp_path: Path, target: Path, serve: Ser
     builder = TreeBuilder(tmp_path / "image")
     assert builder.root.children is not None
     names = {b"%d-%s" % (number, b"x" * (number % 40)) for number in range(5000)}
-    builder.root.children |= {name: builder.file(b"") for name in names}
+    builder.root.children.update({name: builder.file(b"") for name in names})
     serve(builder.finish()).mount()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.opendir.restype = libc.readdir.restype = ctypes.c_void_p

@@ -6,8 +6,8 @@ not cross the end of a block, so a record (inode, attributes, tail) never does; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from array import array
+from collections.abc import Mapping
 
 from lazyfs.core.erofs.format import (
     ACL_ACCESS,
@@ -23,9 +23,9 @@ from lazyfs.core.erofs.format import (
     acl_is_valid,
     xattr_body,
 )
-from lazyfs.core.erofs.unread import PlainFiles
+from lazyfs.core.erofs.unread import FILE_BYTES, FILE_SLOTS, PlainFiles, Run, Stored, StoredChildren
 from lazyfs.core.tar.kinds import Kind
-from lazyfs.core.tar.tree import Node, UnreadChildren
+from lazyfs.core.tar.tree import Node
 from lazyfs.errors import ImageError
 
 _HINT = "the image itself is at fault: build it again, or report it to its publisher"
@@ -45,13 +45,15 @@ class Layout:
         self.files: dict[Node, int] = {}  # regular files with data and without attributes -> byte position
         self.file_numbers: list[int] = []
         self.records: list[Record] = []  # all others
-        self.unread: PlainFiles | None = None  # where the files in `copies` come from
-        self.copies: dict[int, int] = {}  # unread files: the nid they had -> byte position
-        self.copy_numbers: list[int] = []
-        self.nids: dict[Node | int, int] = {}
+        self.unread: PlainFiles | None = None  # where the files in `runs` come from
+        self.runs: list[Run] = []  # unread files
+        self.rooms: dict[int, int] = {}  # of the layers in which their data lies, the sizes of the devices
+        self.nids: dict[Node | int, int] = {}  # of unread files, by the nid they had, only in directories that changed
         self.parents: dict[Node, Node] = {}
-        self.names: dict[Node, list[bytes]] = {}  # of each directory, sorted, with "." and ".."
+        self.names: dict[Node, list[bytes]] = {}  # of each directory that changed, sorted, with "." and ".."
+        self.stored_nids: dict[Node, array[int]] = {}  # of the others: of all entries
         self.outside: dict[Node, int] = {}  # where content outside the records begins
+        self.count = 0  # of inodes
         self.end = 0  # bytes, a multiple of the block size; valid after walk()
         self._position = start
         self._gap = self._gap_end = start
@@ -59,49 +61,88 @@ class Layout:
     def walk(self, root: Node) -> None:
         self.parents[root] = root
         self._place(root)
-        nids = self.nids
         pending = [root]
         while pending:
             directory = pending.pop()
-            subdirectories = []
-            for name, child in self._entries(directory):
-                if type(child) is int:
-                    self.copies[child] = position = self._allocate(FILE.size)
-                    nids[child] = position // SLOT_BYTES
-                    self.copy_numbers.append(len(nids))
-                    continue
-                kind = child.kind
-                if kind is _IS_DIR:
-                    if child in self.parents:
-                        raise ImageError(f"directory {name!r} has two parents", _HINT)
-                    self.parents[child] = directory
-                    subdirectories.append(child)
-                elif child in nids:
-                    continue
-                if kind is _IS_FILE and child.size and not child.xattrs:
-                    self.files[child] = position = self._allocate(FILE.size)
-                    nids[child] = position // SLOT_BYTES
-                    self.file_numbers.append(len(nids))
-                    continue
-                try:
-                    self._place(child)
-                except ImageError as error:
-                    raise ImageError(f"{name!r}: {error.message}", error.hint) from None
+            subdirectories: list[Node] = []
+            children = directory.children or {}
+            if isinstance(children, StoredChildren):
+                assert self.unread in (None, children.files)
+                self.unread = children.files
+                self.rooms |= children.rooms()
+            if (stored := stored_form(directory)) is not None:
+                self._walk_stored(directory, stored, subdirectories)
+            else:
+                known = raw_children(directory)
+                for name in self.names[directory]:
+                    if (child := known.get(name)) is not None:
+                        self._walk_child(directory, name, child, subdirectories)
             pending.extend(reversed(subdirectories))
         self._place_outside()
 
-    def _entries(self, directory: Node) -> Iterable[tuple[bytes, Any]]:
-        """Children in the order of their names; an unread file is a number."""
-        children = directory.children or {}
-        if isinstance(children, UnreadChildren):
-            if self.unread is None:
-                assert isinstance(children.files, PlainFiles)
-                self.unread = children.files
-            assert children.files is self.unread
-            if children.block:
-                return children.raw_items()
-        names = (name for name in self.names[directory] if name in children)
-        return [(name, dict.get(children, name)) for name in names]
+    def _walk_stored(self, directory: Node, stored: Stored, subdirectories: list[Node]) -> None:
+        found = array("I")
+        dots = iter((directory, self.parents[directory]))
+        at = 0
+        for place in (*sorted(stored.others), len(stored.nids)):
+            self._copy(stored.nids[at:place], found)
+            at = place + 1
+            if place < len(stored.nids):
+                node = stored.others[place]
+                if node is None:
+                    node = next(dots)
+                else:
+                    self._walk_child(directory, place, node, subdirectories)
+                found.append(self.nids[node])
+        self.stored_nids[directory] = found
+
+    def _walk_child(
+        self, directory: Node, name: bytes | int, child: Node | int, subdirectories: list[Node]
+    ) -> None:
+        """`name`: or the place in a stored directory. `child`: or the nid of an unread file."""
+        if isinstance(child, int):
+            moved = array("I")
+            self._copy(array("I", (child,)), moved)
+            self.nids[child] = moved[0]
+            return
+        kind = child.kind
+        if kind is _IS_DIR:
+            if child in self.parents:
+                raise ImageError(f"directory {_name(directory, name)!r} has two parents", _HINT)
+            self.parents[child] = directory
+            subdirectories.append(child)
+        elif child in self.nids:
+            return
+        if kind is _IS_FILE and child.size and not child.xattrs:
+            self.files[child] = position = self._allocate(FILE.size)
+            self.nids[child] = position // SLOT_BYTES
+            self.count += 1
+            self.file_numbers.append(self.count)
+            return
+        try:
+            self._place(child)
+        except ImageError as error:
+            raise ImageError(f"{_name(directory, name)!r}: {error.message}", error.hint) from None
+
+    def _copy(self, nids: array[int], moved: array[int]) -> None:
+        """Places unread files, each as _allocate would, and appends the nids that they get."""
+        at = 0
+        while at < len(nids):
+            if self._gap_end - self._gap >= FILE_BYTES:
+                position, end = self._gap, self._gap_end
+            else:
+                position = self._allocate(FILE_BYTES)
+                end = position + BLOCK_BYTES - position % BLOCK_BYTES
+            run = nids[at : at + (end - position) // FILE_BYTES]
+            behind = position + FILE_BYTES * len(run)
+            if position == self._gap and end == self._gap_end:
+                self._gap = behind
+            else:
+                self._position = behind
+            self.runs.append(Run(run, position, self.count + 1))
+            moved.extend(range(position // SLOT_BYTES, behind // SLOT_BYTES, FILE_SLOTS))
+            self.count += len(run)
+            at += len(run)
 
     def _place(self, node: Node) -> None:
         body = xattr_body(_kept_xattrs(node)) if node.xattrs else b""
@@ -111,15 +152,15 @@ class Layout:
             if node.size:
                 fixed += -fixed % CHUNK_INDEX.size + CHUNK_INDEX.size
         elif node.kind == Kind.DIR:
-            children = node.children or {}
-            if isinstance(children, UnreadChildren) and children.block:
-                size = tail = len(children.block)
+            if (stored := stored_form(node)) is not None:
+                tail = len(stored.blocks[-1])
+                size = (len(stored.blocks) - 1) * BLOCK_BYTES + tail
             else:
-                self.names[node] = names = _sorted_names(children)
+                self.names[node] = names = _sorted_names(raw_children(node))
                 size = tail = sum(map(len, names)) + DIRENT.size * len(names)
-            if size > BLOCK_BYTES:
-                blocks, tail = directory_blocks(names)
-                size = (len(blocks) - 1) * BLOCK_BYTES + tail
+                if size > BLOCK_BYTES:
+                    blocks, tail = directory_blocks(names)
+                    size = (len(blocks) - 1) * BLOCK_BYTES + tail
         elif node.kind == Kind.SYMLINK:
             size = tail = len(node.target)
             if not 0 < size <= SYMLINK_MAX or b"\0" in node.target:
@@ -131,7 +172,8 @@ class Layout:
             tail = 0
         position = self._allocate(fixed + tail)
         self.nids[node] = position // SLOT_BYTES
-        self.records.append((len(self.nids), node, position, body, size, tail))
+        self.count += 1
+        self.records.append((self.count, node, position, body, size, tail))
 
     def _allocate(self, length: int) -> int:
         length += -length % SLOT_BYTES
@@ -159,7 +201,24 @@ class Layout:
         self.end = end
 
 
-def _sorted_names(children: dict[bytes, Node]) -> list[bytes]:
+def stored_form(directory: Node) -> Stored | None:
+    """A directory that is as it was read."""
+    children = directory.children
+    return children.stored if isinstance(children, StoredChildren) else None
+
+
+def raw_children(directory: Node) -> Mapping[bytes, Node | int]:
+    """The children of a directory by name; an unread file is the nid it had."""
+    children = directory.children or {}
+    return children.raw() if isinstance(children, StoredChildren) else children
+
+
+def _name(directory: Node, name: bytes | int) -> bytes:
+    stored = stored_form(directory)
+    return stored.name(name) if stored is not None and isinstance(name, int) else bytes(name)
+
+
+def _sorted_names(children: Mapping[bytes, Node | int]) -> list[bytes]:
     """The names of a directory in byte order, "." and ".." among them. ImageError if one is not valid."""
     joined = b"/".join(children)
     if (

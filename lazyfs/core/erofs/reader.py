@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import operator
 from array import array
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import compress
-from operator import itemgetter
-from typing import Any
+from itertools import compress, islice
 
 from lazyfs.core.erofs.format import (
     BLOCK_BYTES,
     DIRENT,
-    NAME_MAX,
     NSEC_PER_S,
     RDEV_MAJOR_MAX,
     Device,
 )
 from lazyfs.core.erofs.metadata import Inode, Metadata, damaged
-from lazyfs.core.erofs.unread import PlainFiles
+from lazyfs.core.erofs.unread import PlainFiles, Stored, StoredChildren
 from lazyfs.core.tar.kinds import Kind
-from lazyfs.core.tar.tree import Node, UnreadChildren
+from lazyfs.core.tar.tree import Node
 
 __all__ = ["Device", "ErofsReader", "Inode"]
 
 _IS_FILE, _IS_DIR = Kind.FILE, Kind.DIR
 _FILE_TYPE = int(Kind.FILE)
-_IS_FILE_TYPE = bytes(file_type == _FILE_TYPE for file_type in range(256))
-_IS_OTHER_TYPE = bytes(file_type != _FILE_TYPE for file_type in range(256))
 _PERMISSIONS = 0o7777
 
 
@@ -97,45 +91,44 @@ class ErofsReader(Metadata):
         """The tree that was written, less the attributes that the writer leaves out. A file's `Node.layer` is
         numbers[device], without `numbers` the device's number.
 
-        Raises ImageError if what is read is damaged, a directory has two parents, or directories overlap. It does not
-        check the rest of what `check` does.
+        For what this host wrote itself, and whose digest was compared: most of it is not looked at, so that it can be
+        written again as it is. Raises ImageError if it is seen to be damaged, or is not as the writer writes it.
         """
         layers = range(len(self.devices)) if numbers is None else numbers
         files = PlainFiles(self.buffer, self.devices, layers)
         root = self._node(self.root_nid, layers)
         nodes = {self.root_nid: root}
         pending = [(self.root_nid, root)]
-        plain: list[int] = []  # nids of what seem to be plain files, of all directories
-        # Of each directory: where its files begin in `plain`, its children, the names of these files.
-        places: list[tuple[int, dict[bytes, Any], list[bytes]]] = []
+        plain = array("I")  # nids of what seem to be plain files, of all directories
+        found: list[tuple[int, Stored, StoredChildren]] = []  # of each directory, where its files begin in `plain`
         content = 0
         while pending:
             nid, directory = pending.pop()
             content += self._directory(nid)[0]
             if content > self.length:
                 raise damaged("directories overlap")
-            names, nids, types, block = self._listing(nid)
-            children: dict[bytes, Any] = dict(zip(names, nids, strict=True))
-            if len(children) != len(names) or not {b".", b".."} <= children.keys():
-                raise damaged(f"bad names in directory {nid}")
-            is_file = types.translate(_IS_FILE_TYPE)
-            places.append((len(plain), children, list(compress(names, is_file))))
-            plain += compress(nids, is_file)
-            for name, child, kind in compress(zip(names, nids, types, strict=True), types.translate(_IS_OTHER_TYPE)):
-                if name not in (b".", b".."):
-                    children[name] = node = self._shared(child, nodes, layers, kind)
-                    if node.kind is _IS_DIR:
-                        pending.append((child, node))
-            del children[b"."], children[b".."]
-            dots = (names.index(b"."), names.index(b".."))
-            directory.children = UnreadChildren(children, files, block, dots)
-            places[-1] = (places[-1][0], directory.children, places[-1][2])
-        flags = files.plain(plain)
-        if flags is None:
-            raise damaged("a file is outside its device, has two names, or is of another form")
-        for number in compress(range(len(plain)), map(operator.not_, flags)):
-            start, children, names = places[bisect_right(places, number, key=itemgetter(0)) - 1]
-            dict.__setitem__(children, names[number - start], self._shared(plain[number], nodes, layers, _FILE_TYPE))
+            stored, others = self._stored(nid)
+            directory.children = children = StoredChildren(files, stored)
+            for place, kind in others:
+                child = stored.nids[place]
+                stored.others[place] = node = self._shared(child, nodes, layers, kind)
+                if node.kind is _IS_DIR:
+                    pending.append((child, node))
+            found.append((len(plain), stored, children))
+            for run in stored.plain():
+                plain += run
+        try:
+            flags, devices = files.plain(plain)
+        except ValueError as error:
+            raise damaged(str(error)) from None
+        ends = [*(start for start, _, _ in found[1:]), len(plain)]
+        for (start, stored, children), end in zip(found, ends, strict=True):
+            is_plain = flags[start:end]
+            children.keep_devices(compress(devices[start:end], is_plain))
+            if not all(is_plain):
+                files_there = [place for place in range(len(stored.nids)) if place not in stored.others]
+                for place in compress(files_there, map(operator.not_, is_plain)):
+                    stored.others[place] = self._shared(stored.nids[place], nodes, layers, _FILE_TYPE)
         return root
 
     def _shared(self, nid: int, nodes: dict[int, Node], layers: Sequence[int], file_type: int) -> Node:
@@ -149,32 +142,36 @@ class ErofsReader(Metadata):
             raise damaged(f"wrong file type of inode {nid}")
         return node
 
-    def _listing(self, nid: int) -> tuple[list[bytes], Sequence[int], bytes, bytes]:
-        """Names, nids and types of a directory's entries. Last its block, if it has one only, in the form that the
-        writer gives it, else b""."""
+    def _stored(self, nid: int) -> tuple[Stored, list[tuple[int, int]]]:
+        """A directory, and the places and types of those of its entries that are no files. In `others` are "." and ".."
+        only. Raises ImageError if it is not in the form that the writer gives it."""
         size, blocks, rest = self._directory(nid)
-        if size <= BLOCK_BYTES:
-            base, end = self._block(0, size, blocks, rest)
+        parts = []
+        nids = array("I")
+        types = b""
+        for number in range((size + BLOCK_BYTES - 1) // BLOCK_BYTES):
+            base, end = self._block(number, size, blocks, rest)
             block = bytes(self.buffer[base:end])
             heads_bytes = DIRENT.size * self._dirents(base, end)
             heads = array("I", block[:heads_bytes])
-            starts = array("H", block[:heads_bytes])[4::6]
-            names = [block[start:stop] for start, stop in zip(starts, [*starts[1:], len(block)], strict=True)]
-            text = block[heads_bytes:]
+            text = block[heads_bytes:].rstrip(b"\0" if len(block) == BLOCK_BYTES else b"")
             if (
-                starts[0] == heads_bytes
-                and max(map(len, names)) <= NAME_MAX
-                and not any(heads[1::3])
-                and not any(block[DIRENT.size - 1 : heads_bytes : DIRENT.size])
-                and b"/" not in text
-                and b"\0" not in text
-                and all(map(operator.lt, names, names[1:]))  # so none but the first can be empty
-                and names[0]
+                any(heads[1::3])
+                or any(block[DIRENT.size - 1 : heads_bytes : DIRENT.size])
+                or b"/" in text
+                or b"\0" in text
             ):
-                return names, heads[0::3], block[DIRENT.size - 2 : heads_bytes : DIRENT.size], block
-        entries = list(self.entries(nid))
-        types = bytes(file_type for _, _, file_type in entries)
-        return [name for name, _, _ in entries], [child for _, child, _ in entries], types, b""
+                raise damaged(f"bad block in directory {nid}")
+            parts.append(block[:heads_bytes] + text)
+            nids += heads[0::3]
+            types += block[DIRENT.size - 2 : heads_bytes : DIRENT.size]
+        stored = Stored(tuple(parts), nids, {})
+        others = [(place, kind) for place, kind in enumerate(types) if kind != _FILE_TYPE]
+        dots = (place for place, _ in others if stored.name(place) in (b".", b".."))
+        stored.others.update(dict.fromkeys(islice(dots, 2)))
+        if len(stored.others) != 2:
+            raise damaged(f"directory {nid} lacks itself or its parent")
+        return stored, [(place, kind) for place, kind in others if place not in stored.others]
 
     def _node(self, nid: int, layers: Sequence[int]) -> Node:
         """The node of any inode. A directory has no children yet."""

@@ -15,13 +15,11 @@ from __future__ import annotations
 import functools
 import operator
 import struct
-from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate, repeat
 from operator import attrgetter
-from typing import Any
 
 from lazyfs.core.erofs.format import (
     BLOCK_BITS,
@@ -55,10 +53,9 @@ from lazyfs.core.erofs.format import (
     Device,
     superblock_checksum,
 )
-from lazyfs.core.erofs.layout import Layout, Record, directory_blocks
-from lazyfs.core.erofs.unread import PlainFiles
+from lazyfs.core.erofs.layout import Layout, Record, directory_blocks, raw_children, stored_form
 from lazyfs.core.tar.kinds import Kind
-from lazyfs.core.tar.tree import Node, UnreadChildren
+from lazyfs.core.tar.tree import Node
 from lazyfs.errors import ImageError
 
 __all__ = ["Device", "write_erofs"]
@@ -110,17 +107,15 @@ def _write_inodes(image: bytearray, layout: Layout, devices: Sequence[Device], n
             # One file cannot be represented. Writing them one by one finds out which, and why.
             files = zip(layout.file_numbers, layout.files.items(), strict=True)
             _write_records(image, layout, devices, numbers, [(n, node, at, b"", 0, 0) for n, (node, at) in files])
-    if layout.unread is not None and layout.copies:
-        _check_devices(layout.unread, layout.copies, devices, numbers)
-        layout.unread.write(image, layout.copies, layout.copy_numbers, numbers)
+    if layout.unread is not None:
+        _check_devices(layout.rooms, devices, numbers)
+        layout.unread.write(image, layout.runs, numbers)
     _write_records(image, layout, devices, numbers, layout.records)
 
 
-def _check_devices(
-    files: PlainFiles, nids: Iterable[int], devices: Sequence[Device], numbers: Sequence[int]
-) -> None:
-    """Raises ImageError unless the devices here are as large as those of the namespace that the files come from."""
-    rooms = files.rooms(list(nids))
+def _check_devices(rooms: Mapping[int, int], devices: Sequence[Device], numbers: Sequence[int]) -> None:
+    """Raises ImageError unless the devices of these layers are at least of these sizes: those that they had in the
+    namespace that unread files come from."""
     for layer, size_bytes in rooms.items():
         if not (0 <= layer < len(numbers) and 0 <= numbers[layer] < len(devices)):
             raise ImageError(f"files of layer {layer} have no device", _INDEX_HINT)
@@ -219,38 +214,23 @@ def _write_records(
 
 def _pack_directory(directory: Node, layout: Layout) -> bytes:
     """All blocks of a directory. All but the last are padded with zeros."""
-    known = directory.children or {}
-    if isinstance(known, UnreadChildren) and known.block:
-        return _copy_block(directory, known, layout)
+    stored = stored_form(directory)
+    if stored is not None:
+        return stored.content(layout.stored_nids[directory])
     names = layout.names[directory]
-    children: dict[bytes, Any] = {**_raw(known), b".": directory, b"..": layout.parents[directory]}
+    children = {**raw_children(directory), b".": directory, b"..": layout.parents[directory]}
     if len(names) * DIRENT.size + sum(map(len, names)) <= BLOCK_BYTES:
         return _pack_block(names, children, layout.nids)
     blocks = [_pack_block(block, children, layout.nids) for block in directory_blocks(names)[0]]
     return b"".join([block.ljust(BLOCK_BYTES, b"\0") for block in blocks[:-1]] + blocks[-1:])
 
 
-def _raw(children: dict[bytes, Node]) -> dict[bytes, Any]:
-    """The children as they are stored: unread files are numbers."""
-    return dict(dict.items(children))
-
-
-def _copy_block(directory: Node, children: UnreadChildren, layout: Layout) -> bytes:
-    """The block of a directory that is as it was read, but for the nids."""
-    nids = list(map(layout.nids.__getitem__, children.raw_values()))
-    for place, node in zip(children.dots, (directory, layout.parents[directory]), strict=True):
-        nids.insert(place, layout.nids[node])
-    heads = array("I", children.block[: DIRENT.size * len(nids)])
-    heads[0::3] = array("I", nids)
-    return heads.tobytes() + children.block[DIRENT.size * len(nids) :]
-
-
-def _pack_block(names: list[bytes], children: dict[bytes, Any], nids: dict[Node | int, int]) -> bytes:
+def _pack_block(names: list[bytes], children: dict[bytes, Node | int], nids: dict[Node | int, int]) -> bytes:
     nodes = [children[name] for name in names]
     fields = [0] * (4 * len(names))
     fields[0::4] = [nids[node] for node in nodes]
     fields[1::4] = list(accumulate(map(len, names[:-1]), initial=DIRENT.size * len(names)))
-    fields[2::4] = [Kind.FILE if type(node) is int else node.kind for node in nodes]
+    fields[2::4] = [Kind.FILE if isinstance(node, int) else node.kind for node in nodes]
     return b"".join((_dirents(len(names)).pack(*fields), *names))
 
 
@@ -304,7 +284,7 @@ def _write_superblock(
             BLOCK_BITS,
             0,
             layout.nids[root],
-            len(layout.nids),
+            layout.count,
             0,
             0,
             len(image) >> BLOCK_BITS,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.erofs.writer import Device, write_erofs
 from lazyfs.core.oci.digests import ContentRoot
-from lazyfs.core.tar.tree import Node, Unread, UnreadChildren, read_nodes
+from lazyfs.core.tar.tree import Node, UnreadChildren, read_nodes
 from lazyfs.errors import ImageError
 
 
@@ -31,7 +31,8 @@ def write_namespace(root: Node, layers: Sequence[LayerDevice]) -> bytes:
 
 
 def read_tree(reader: ErofsReader, content_roots: Sequence[ContentRoot]) -> Node:
-    """The tree of a namespace of layers with these content roots; `Node.layer` indexes them. Raises ImageError."""
+    """The tree of a namespace that this host made of layers with these content roots (ErofsReader.tree); `Node.layer`
+    indexes them. Raises ImageError."""
     try:
         numbers = [content_roots.index(ContentRoot(device.tag.decode("ascii", "replace"))) for device in reader.devices]
     except ValueError:
@@ -42,17 +43,14 @@ def read_tree(reader: ErofsReader, content_roots: Sequence[ContentRoot]) -> Node
 def _layers_of(root: Node) -> set[int]:
     """Numbers of the layers in which data of the tree lies."""
     used: set[int] = set()
-    files: Unread | None = None
-    unread: list[int] = []
     pending = [root]
     while pending:
         children = pending.pop().children or {}
         if isinstance(children, UnreadChildren):
-            files = children.files
-            unread += [child for child in children.raw_values() if type(child) is int]
+            used |= children.layers()
         for node in read_nodes(children):
             if node.children is not None:
                 pending.append(node)
             elif node.size:
                 used.add(node.layer)
-    return used if files is None else used | files.layers(unread)
+    return used

@@ -10,10 +10,10 @@ because a hostile tree may be deeper than Python's stack.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.reader import MAX_NAME, MAX_PATH, TarEntry
@@ -44,72 +44,24 @@ class Node:
     rdev_major: int = 0
     rdev_minor: int = 0
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
-    children: dict[bytes, Node] | None = None  # DIR only
+    children: MutableMapping[bytes, Node] | None = None  # DIR only
     layer: int = -1  # FILE with data: number of the layer ...
     address: int = 0  # ... and the byte in its data device where the file starts
     nlink: int = 1  # files: number of names; directories: 2 + number of subdirectories
 
 
-class Unread(Protocol):
-    """Files that were not read yet, by numbers that this object gives them."""
+class UnreadChildren(MutableMapping[bytes, Node]):
+    """The children of a directory in a tree that was read back, of which a node is made when somebody asks for one."""
 
-    def node(self, nid: int) -> Node:
-        """The inode of one: a new object at each call, so ask once."""
+    __slots__ = ()
 
-    def layers(self, nids: Sequence[int]) -> set[int]:
-        """Numbers of the layers in which their data lies."""
+    @abstractmethod
+    def nodes(self) -> list[Node]:
+        """Those that are nodes already: all but plain files, which have one name each."""
 
-
-class UnreadChildren(dict[bytes, Node]):
-    """The children of a directory in a tree that was read back. A plain file is a number until somebody asks for it.
-
-    get(), [], values() and items() give nodes; raw_values() and raw_items() give what is stored. It is changed by item
-    only. `block`: the directory's block as it was stored, in the order of the items; empty once the directory has
-    changed, or if it has another form. `dots`: the places of "." and ".." in the block.
-    """
-
-    __slots__ = ("block", "dots", "files")
-
-    def __init__(self, children: dict[bytes, Any], files: Unread, block: bytes, dots: tuple[int, int]) -> None:
-        super().__init__(children)
-        self.files = files
-        self.block = block
-        self.dots = dots
-
-    def get(self, name: bytes, default: Any = None) -> Any:
-        child: Any = dict.get(self, name, default)
-        if type(child) is int:
-            child = self.files.node(child)
-            dict.__setitem__(self, name, child)
-        return child
-
-    def __getitem__(self, name: bytes) -> Node:
-        if name not in self:
-            raise KeyError(name)
-        node: Node = self.get(name)
-        return node
-
-    def __setitem__(self, name: bytes, child: Node) -> None:
-        self.block = b""
-        dict.__setitem__(self, name, child)
-
-    def __delitem__(self, name: bytes) -> None:
-        self.block = b""
-        dict.__delitem__(self, name)
-
-    def values(self) -> Any:
-        return [self[name] for name in self]
-
-    def items(self) -> Any:
-        return [(name, self[name]) for name in self]
-
-    def raw_values(self) -> Iterable[Any]:
-        return dict.values(self)
-
-    def raw_items(self) -> Iterable[tuple[bytes, Any]]:
-        return dict.items(self)
-
-    pop = popitem = clear = update = setdefault = copy = __or__ = __ior__ = None  # type: ignore[assignment]
+    @abstractmethod
+    def layers(self) -> set[int]:
+        """Numbers of the layers in which the data of the others lies."""
 
 
 @dataclass(slots=True)
@@ -307,18 +259,16 @@ class _Tree:
             pending += [child for child in read_nodes(children) if child.kind is Kind.DIR]
 
 
-def read_nodes(children: dict[bytes, Node]) -> list[Node]:
+def read_nodes(children: MutableMapping[bytes, Node]) -> list[Node]:
     """The children that are nodes. The others are plain files with one name (UnreadChildren)."""
-    if isinstance(children, UnreadChildren):
-        return [child for child in children.raw_values() if type(child) is not int]
-    return list(children.values())
+    return children.nodes() if isinstance(children, UnreadChildren) else list(children.values())
 
 
 def _missing_directory() -> Node:
     return Node(Kind.DIR, 0o755, 0, 0, 0, 0, children={})
 
 
-def _children(directory: Node) -> dict[bytes, Node]:
+def _children(directory: Node) -> MutableMapping[bytes, Node]:
     assert directory.children is not None
     return directory.children
 
