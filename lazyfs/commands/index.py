@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from lazyfs.cache import places
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.commands.bars import layer_bars
 from lazyfs.commands.report import human_bytes
+from lazyfs.core.oci.digests import Digest
 from lazyfs.indexing.missing import build, resolved_image, run_async
-from lazyfs.indexing.publish import push_index, write_layout
+from lazyfs.indexing.publish import index_push, write_layout
 from lazyfs.mounting.options import MountOptions, index_repository
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def index(args: argparse.Namespace) -> int:
@@ -25,8 +30,16 @@ def index(args: argparse.Namespace) -> int:
 
     async def work() -> None:
         started_s = time.monotonic()
-        async with resolved_image(cache, args.image, options.access) as resolved:
-            built = await build(cache, resolved, fill=False, bars=layer_bars)
+        async with contextlib.AsyncExitStack() as stack:
+            resolved = await stack.enter_async_context(resolved_image(cache, args.image, options.access))
+            places = ([""] if args.push else []) + ([push_to] if push_to else [])
+            pushes = [await stack.enter_async_context(index_push(cache, resolved, place)) for place in places]
+
+            def begin(layers: Mapping[Digest, bytes]) -> None:
+                for push in pushes:
+                    push.begin(layers)
+
+            built = await build(cache, resolved, fill=False, bars=layer_bars, on_layers=begin)
             blob_bytes = sum(layer.size_bytes for layer in resolved.manifest.layers)
             report.update(
                 image=str(resolved.reference),
@@ -38,10 +51,8 @@ def index(args: argparse.Namespace) -> int:
             )
             if args.output:
                 report["output_digest"] = await write_layout(args.output, resolved, built)
-            if args.push:
-                report["artifact_digest"] = await push_index(cache, resolved, built)
-            if push_to:
-                report["artifact_digest"] = await push_index(cache, resolved, built, push_to)
+            for push in pushes:
+                report["artifact_digest"] = await push.finish(built)
 
     run_async(work)
     if args.json:

@@ -1,4 +1,4 @@
-"""Parses the usual words of `lazyfs mount`, `umount`, `run` and `bundle` without argparse.
+"""Parses the usual words of `lazyfs mount`, `umount`, `run`, `bundle` and `index` without argparse.
 
 argparse, with re and gettext, takes a quarter of a mount's time. It gets whatever does not have exactly the forms
 below: help, mistakes, abbreviations, "-ooptions", "-it". Tests compare the two.
@@ -48,6 +48,12 @@ _USUAL = {
         {"-o": "option_texts"},
     ),
     "umount": _Form(("target",), {"-l": "lazy", "--lazy": "lazy", "--wait": "wait"}),
+    "index": _Form(
+        ("image",),
+        {"--push": "push", "--json": "json"},
+        {"-o": "option_texts"},
+        {"--push-to": "push_to", "--output": "output"},
+    ),
     "run": _Form(
         ("image",),
         {**_CONTAINER_FLAGS, **_RUN_FLAGS},

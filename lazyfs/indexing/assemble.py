@@ -37,6 +37,11 @@ class BuiltIndex:
         return len(self.index) + sum(map(len, self.layers.values()))
 
 
+def layer_blobs(made: Sequence[MadeLayer]) -> dict[Digest, bytes]:
+    """The indexes of distinct layers, by digest."""
+    return {one.part.index_digest: one.blob for one in made}
+
+
 def assemble(
     resolved: Resolved,
     made: Sequence[MadeLayer],
@@ -70,8 +75,7 @@ def assemble(
     index = encode_image(resolved.manifest_digest, namespace, parts, heads)
     if index_cache is not None and layers:
         keep_chain(index_cache, layers, index)
-    blobs = {one.part.index_digest: one.blob for one in made}
-    return BuiltIndex(index, blobs, sum(part.record.tar_bytes for part in parts))
+    return BuiltIndex(index, layer_blobs(made), sum(part.record.tar_bytes for part in parts))
 
 
 def _known(layers: Sequence[Descriptor], entries: Mapping[Digest, list[LayerEntry]]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import trio
@@ -28,7 +28,7 @@ from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.decoding.layers import layer_inflater
 from lazyfs.errors import ImageError
 from lazyfs.images.resolve import Resolved
-from lazyfs.indexing.assemble import BuiltIndex, assemble
+from lazyfs.indexing.assemble import BuiltIndex, assemble, layer_blobs
 from lazyfs.indexing.scanner import LayerScanner
 from lazyfs.tasks import together
 
@@ -37,6 +37,9 @@ _CHUNK_BYTES = 1 << 20
 # Plain bytes that are handed from thread to thread at once. Each time costs a millisecond, because all threads want the
 # interpreter's lock.
 _BATCH_BYTES = 4 << 20
+
+# Is given the indexes of an image's distinct layers, by digest, the lowest first.
+OnLayers = Callable[[Mapping[Digest, bytes]], None]
 
 
 @dataclass(slots=True)
@@ -55,12 +58,13 @@ async def build_index(
     cache: CacheDirectory | None,
     on_progress: Callable[[LayerProgress], None] = lambda progress: None,
     index_cache: CacheDirectory | None = None,
+    on_layers: OnLayers | None = None,
 ) -> BuiltIndex:
     """Streams the layers of an image and returns its index. With `cache`, fills that with their blocks.
 
     A layer that occurs twice is read once. `index_cache`: the cache directory that keeps layer indexes. With it, a
     layer that was read for another image is not read again (so its blocks do not get into `cache`), and new indexes are
-    kept.
+    kept. `on_layers`: is given the indexes of all layers, before that of the image is made.
 
     Raises ImageError (also if a layer does not have the DiffID of the config) and RemoteError. Then only whole layers
     and layer indexes stay in the cache.
@@ -92,6 +96,8 @@ async def build_index(
     distinct = {layer.digest: layer for layer in layers}.values()
     await together(*(functools.partial(scan, layer) for layer in distinct), at_most=_LAYERS_AT_ONCE)
     ordered = [made[layer.digest] for layer in layers]
+    if on_layers is not None:
+        on_layers(layer_blobs(ordered))
     return await trio.to_thread.run_sync(assemble, resolved, ordered, entries, index_cache)
 
 

@@ -14,8 +14,8 @@ from lazyfs.errors import LazyfsError, RemoteError
 from lazyfs.images.documents import load_config
 from lazyfs.images.resolve import Resolved, resolve
 from lazyfs.indexing.assemble import BuiltIndex
-from lazyfs.indexing.build import LayerProgress
-from lazyfs.indexing.publish import push_index
+from lazyfs.indexing.build import LayerProgress, OnLayers
+from lazyfs.indexing.publish import index_push
 from lazyfs.indexing.small import make_index
 from lazyfs.sources.access import Access
 
@@ -38,9 +38,12 @@ def build_missing_index(
 
     async def work() -> None:
         async with resolved_image(cache, image, access, known) as resolved:
-            built = await build(cache, resolved, fill=True, bars=bars)
-            if push:
-                await push_index(cache, resolved, built, *access.index_repositories[:1])
+            if not push:
+                await build(cache, resolved, fill=True, bars=bars)
+                return
+            async with index_push(cache, resolved, *access.index_repositories[:1]) as attaching:
+                built = await build(cache, resolved, fill=True, bars=bars, on_layers=attaching.begin)
+                await attaching.finish(built)
 
     run_async(work)
 
@@ -59,12 +62,22 @@ async def resolved_image(
             await resolved.source.aclose()
 
 
-async def build(cache: CacheDirectory, resolved: Resolved, *, fill: bool, bars: Bars | None = None) -> BuiltIndex:
-    """Reads all layers once and keeps the index; with `fill`, all data, too. Raises LazyfsError."""
+async def build(
+    cache: CacheDirectory,
+    resolved: Resolved,
+    *,
+    fill: bool,
+    bars: Bars | None = None,
+    on_layers: OnLayers | None = None,
+) -> BuiltIndex:
+    """Reads all layers once and keeps the index; with `fill`, all data, too. Raises LazyfsError. `on_layers` as of
+    build_index."""
     with trio.fail_after(DOCUMENTS_S):
         config = parse_config(await load_config(cache, resolved))
     with (bars or _no_bars)() as on_progress:
-        return await make_index(cache, resolved, config, fill=fill, on_progress=on_progress)
+        return await make_index(
+            cache, resolved, config, fill=fill, on_progress=on_progress, on_layers=on_layers
+        )
 
 
 @contextlib.contextmanager

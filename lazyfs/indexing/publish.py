@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+
+import trio
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.images import forget_lacking, keep_index
@@ -19,25 +21,15 @@ from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.indexrepository import index_repository, place_of
 from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.core.oci.referrers import build_artifact
-from lazyfs.errors import HostError
+from lazyfs.errors import HostError, LazyfsError
 from lazyfs.images.resolve import Resolved, close_source
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.sources.access import Access
 from lazyfs.sources.source import Source, open_source
-from lazyfs.tasks import together
+from lazyfs.tasks import open_nursery, together
 
 _PUSHES_AT_ONCE = 8
-
-
-async def push_index(cache: CacheDirectory, resolved: Resolved, built: BuiltIndex, repository: str = "") -> str:
-    """Attaches the index to its image where that comes from, or in an index repository (core/oci/indexrepository.py),
-    and notes it in the cache. As attach_index."""
-    async with place_to_push(resolved, repository) as (source, place):
-        digest = await attach_index(source, resolved, built)
-    keep_index(cache, resolved.manifest_digest, built.index, place)
-    if place:
-        forget_lacking(cache, resolved.manifest_digest, place)
-    return digest
+_CONFIG = b"{}"  # of an artifact (image-spec manifest.md)
 
 
 @contextlib.asynccontextmanager
@@ -56,13 +48,79 @@ async def place_to_push(resolved: Resolved, repository: str = "") -> AsyncIterat
         await close_source(source)
 
 
-async def attach_index(source: Source, resolved: Resolved, built: BuiltIndex) -> str:
+class IndexPush:
+    """Attaches one index to its image. The indexes of layers are there before the image's is: they can be on their way
+    while that is made."""
+
+    def __init__(
+        self, cache: CacheDirectory, resolved: Resolved, source: Source, place: str, nursery: trio.Nursery
+    ) -> None:
+        self._cache = cache
+        self._resolved = resolved
+        self._source = source
+        self._place = place
+        self._nursery = nursery
+        self._pushing = trio.Lock()
+        self._pushed: set[Digest] = set()
+
+    def begin(self, layers: Mapping[Digest, bytes]) -> None:
+        """Begins to push indexes of layers. What cannot be pushed, `finish` pushes again, and says why that fails."""
+        self._nursery.start_soon(self._begin, layers)
+
+    async def _begin(self, layers: Mapping[Digest, bytes]) -> None:
+        with contextlib.suppress(LazyfsError):
+            await self._push(layers)
+
+    async def finish(self, built: BuiltIndex) -> Digest:
+        """As attach_index; waits for what was begun, and notes the index in the cache."""
+        await together(
+            functools.partial(self._source.push_blob, built.index), functools.partial(self._push, built.layers)
+        )
+        digest = await _attach(self._source, self._resolved, built)
+        keep_index(self._cache, self._resolved.manifest_digest, built.index, self._place)
+        if self._place:
+            forget_lacking(self._cache, self._resolved.manifest_digest, self._place)
+        return digest
+
+    async def _push(self, layers: Mapping[Digest, bytes]) -> None:
+        async with self._pushing:
+            missing = {digest: blob for digest, blob in layers.items() if digest not in self._pushed}
+            if missing:
+                await _push_layers(self._source, missing)
+                self._pushed.update(missing)
+
+
+@contextlib.asynccontextmanager
+async def index_push(
+    cache: CacheDirectory, resolved: Resolved, repository: str = ""
+) -> AsyncIterator[IndexPush]:
+    """To attach an index where its image comes from, or in an index repository (core/oci/indexrepository.py)."""
+    async with place_to_push(resolved, repository) as (source, place), open_nursery() as nursery:
+        yield IndexPush(cache, resolved, source, place, nursery)
+
+
+async def push_index(cache: CacheDirectory, resolved: Resolved, built: BuiltIndex, repository: str = "") -> Digest:
+    """Attaches an index by an IndexPush."""
+    async with index_push(cache, resolved, repository) as push:
+        return await push.finish(built)
+
+
+async def attach_index(source: Source, resolved: Resolved, built: BuiltIndex) -> Digest:
     """Pushes those blobs that are not there, then the artifact manifest; returns its digest. Safe to repeat: nothing
     doubles."""
-    empty = b"{}"  # the config of an artifact (image-spec manifest.md)
-    # At once: each push takes several round trips.
-    pushes = [functools.partial(source.push_blob, data) for data in (built.index, *built.layers.values(), empty)]
+    await together(
+        functools.partial(source.push_blob, built.index), functools.partial(_push_layers, source, built.layers)
+    )
+    return await _attach(source, resolved, built)
+
+
+async def _push_layers(source: Source, layers: Mapping[Digest, bytes]) -> None:
+    """With the config of an artifact, at once: each push takes several round trips."""
+    pushes = [functools.partial(source.push_blob, blob) for blob in (*layers.values(), _CONFIG)]
     await together(*pushes, at_most=_PUSHES_AT_ONCE)
+
+
+async def _attach(source: Source, resolved: Resolved, built: BuiltIndex) -> Digest:
     layers = [
         Descriptor(IMAGE_MEDIA_TYPE, sha256_digest(built.index), len(built.index)),
         *(Descriptor(LAYER_MEDIA_TYPE, digest, len(blob)) for digest, blob in built.layers.items()),

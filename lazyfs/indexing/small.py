@@ -17,7 +17,7 @@ from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import ImageConfig
 from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.assemble import BuiltIndex
-from lazyfs.indexing.build import LayerProgress, build_index
+from lazyfs.indexing.build import LayerProgress, OnLayers, build_index
 
 # A daemon serves others meanwhile: this much is read, decoded and assembled in some tenths of a second.
 _SMALL_BLOB_BYTES = 4 << 20
@@ -34,9 +34,10 @@ async def make_index(
     *,
     fill: bool,
     on_progress: Callable[[LayerProgress], None] = lambda progress: None,
+    on_layers: OnLayers | None = None,
 ) -> BuiltIndex:
     """Reads the layers that were not read before, and keeps the index; with `fill`, also their data. LazyfsError."""
-    built = await build_index(resolved, config, cache if fill else None, on_progress, cache)
+    built = await build_index(resolved, config, cache if fill else None, on_progress, cache, on_layers)
     keep_index(cache, resolved.manifest_digest, built.index, None)
     return built
 
