@@ -15,11 +15,21 @@ from hypothesis import strategies as st
 from lazyfs.core.index.entries import decode_entries, encode_entries
 from lazyfs.core.index.layerindex import LayerHead
 from lazyfs.core.index.layerscan import LayerScan, encode_layer, entries_of
+from lazyfs.core.layer.blocks import BLOCK_BYTES, BlockTable, BlockTableBuilder
 from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.reader import TarEntry
 from lazyfs.core.tar.tree import LayerEntry
 from lazyfs.errors import ImageError
-from tests.core.indexes import LAYER, NO_JSON, SCAN, make_scan, with_header, with_header_text
+from tests.core.indexes import (
+    LAYER,
+    NO_JSON,
+    SCAN,
+    TAR_BYTES,
+    file_entry,
+    make_scan,
+    with_header,
+    with_header_text,
+)
 
 ids = st.integers(0, 2**32 - 2)
 
@@ -28,7 +38,7 @@ ids = st.integers(0, 2**32 - 2)
 def tar_entries(draw: st.DrawFn) -> TarEntry:
     kind = draw(st.sampled_from(Kind))
     return TarEntry(
-        path=draw(st.binary(max_size=40)),
+        path=draw(st.binary(max_size=40)).replace(b"\0", b"/"),
         kind=kind,
         mode=draw(st.integers(0, 0o7777)),
         uid=draw(ids),
@@ -81,7 +91,7 @@ def test_numbers_out_of_range_are_an_image_error() -> None:
     for change in ({"mtime_s": 1 << 63}, {"uid": 1 << 32}, {"rdev_major": 1 << 16}, {"mode": -1}):
         entry = dataclasses.replace(TarEntry(b"a", Kind.FIFO, 0, 0, 0, 0, 0, 0), **change)  # type: ignore[arg-type]
         with pytest.raises(ImageError, match="out of range"):
-            encode_entries([LayerEntry(entry, 0)])
+            encode_entries([LayerEntry(entry, 0)], TABLE)
 
 
 @given(st.integers(0, len(LAYER) - 1), st.integers(1, 255))
@@ -101,12 +111,12 @@ def test_a_flipped_byte_changes_nothing_or_is_noticed(at: int, mask: int) -> Non
 @given(st.binary(max_size=200), st.booleans())
 def test_noise_gives_an_image_error(noise: bytes, led: bool) -> None:
     with pytest.raises(ImageError):
-        read_all(b"LZFSLYR2" + noise if led else noise)
+        read_all(b"LZFSLYR3" + noise if led else noise)
 
 
 HOSTILE: list[Callable[[dict[str, Any]], object]] = [
-    lambda h: h.update(version=1),
-    lambda h: h.update(version=3),
+    lambda h: h.update(version=2),
+    lambda h: h.update(version=4),
     lambda h: h.pop("version"),
     lambda h: h.pop("layer"),
     lambda h: h.update(layer=5),
@@ -157,8 +167,8 @@ def test_a_bomb_in_a_header_stays_small() -> None:
         LayerHead(LAYER[:8] + len(stored).to_bytes(8, "little") + stored)
 
 
-RAW = encode_entries(SCAN.entries)
-DEVICE_BYTES = SCAN.record.device_bytes
+TABLE = BlockTable(SCAN.table)
+RAW = encode_entries(SCAN.entries, TABLE)
 
 
 @given(st.integers(0, len(RAW) - 1), st.integers(1, 255))
@@ -167,17 +177,53 @@ def test_damaged_entries_give_an_image_error_or_entries(at: int, mask: int) -> N
     damaged = bytearray(RAW)
     damaged[at] ^= mask
     with contextlib.suppress(ImageError):
-        for item in decode_entries(bytes(damaged), DEVICE_BYTES):
-            assert item.address + item.entry.size <= DEVICE_BYTES
+        for item in decode_entries(bytes(damaged), TABLE):
+            assert item.address + item.entry.size <= TABLE.device_bytes
 
 
 @given(st.integers(0, len(RAW) - 1), st.binary(max_size=100))
 def test_entries_of_the_wrong_length_are_refused(length: int, noise: bytes) -> None:
     for raw in (RAW[:length], noise):
         with pytest.raises(ImageError):
-            decode_entries(raw, DEVICE_BYTES)
+            decode_entries(raw, TABLE)
 
 
 def test_entries_of_another_layer_are_refused() -> None:
     with pytest.raises(ImageError, match="do not fit"):
-        decode_entries(RAW, DEVICE_BYTES + 4096)
+        decode_entries(RAW, BlockTable(make_scan([file_entry(b"a", 5000), file_entry(b"b", 5000)]).table))
+
+
+def test_files_of_any_layout_of_blocks_keep_their_sizes() -> None:
+    """Those that are as large as their blocks, and sparse ones, whose holes may be anywhere."""
+    entries, builder = [], BlockTableBuilder()
+    tar_offset = 512
+    for number, (size, pieces) in enumerate(
+        [
+            (1, [(0, 1)]),
+            (BLOCK_BYTES, [(0, BLOCK_BYTES)]),
+            (BLOCK_BYTES, [(0, BLOCK_BYTES)]),  # at the next address, but not at once in the tar
+            (BLOCK_BYTES + 1, [(0, BLOCK_BYTES), (BLOCK_BYTES, 1)]),
+            (3 * BLOCK_BYTES, [(0, BLOCK_BYTES)]),  # a hole at the end
+            (9000, [(8192, 808)]),  # and before
+            (9000, []),  # and nothing else
+            (2 * BLOCK_BYTES, [(0, BLOCK_BYTES), (BLOCK_BYTES, BLOCK_BYTES)]),
+            (0, []),
+            (5, [(0, 5)]),
+        ]
+    ):
+        entries.append(LayerEntry(file_entry(b"%d" % number, size), builder.place(size) if size else 0))
+        for at, length in pieces:
+            builder.add(entries[-1].address + at, tar_offset, length, bytes(32))
+            tar_offset += length
+        tar_offset += 512 + -tar_offset % 512
+    table = BlockTable(builder.finish(TAR_BYTES))
+    assert decode_entries(encode_entries(entries, table), table) == entries
+
+
+def test_paths_share_what_they_have_in_common_with_the_one_before() -> None:
+    paths = [b"", b"a", b"a/b", b"a/bc", b"a/bd", b"b", b"b" * 4096, b"b" * 4095 + b"c", b"c"]
+    items = [LayerEntry(TarEntry(path, Kind.DIR, 0, 0, 0, 0, 0, 0), 0) for path in paths]
+    table = BlockTable(BlockTableBuilder().finish(0))
+    raw = encode_entries(items, table)
+    assert decode_entries(raw, table) == items
+    assert len(raw) < 4096 + 1000

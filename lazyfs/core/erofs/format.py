@@ -58,7 +58,8 @@ SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHH38s")
 # tag, blocks, mapped_blkaddr
 DEVICE_SLOT = struct.Struct("<64sII56x")
 # i_format, i_xattr_icount, i_mode, i_reserved, i_size, i_u, i_ino, i_uid, i_gid, i_mtime, i_mtime_nsec,
-# i_nlink; the last 16 bytes are reserved
+# i_nlink; the last 16 bytes are reserved. i_ino, a number for stat(2) on 32-bit systems, is 0: the kernel shows the
+# nid, and numbers that only run on would be a tenth of the namespace as stored.
 INODE = struct.Struct("<HHHHQIIIIqII")
 # advise (in newer images the upper address bits; zero here), device_id (position in the device table + 1),
 # blkaddr in that device; it follows inode and attributes at the next multiple of its own size

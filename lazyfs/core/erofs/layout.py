@@ -33,17 +33,15 @@ _NO_NAMES = (b"", b".", b"..", b"/", b"\0")
 _ACL_EMPTY = b"\2\0\0\0"
 # Looking up members of an Enum is slow, and happens for each name.
 _IS_FILE, _IS_DIR = Kind.FILE, Kind.DIR
-# Number, inode, byte position, attribute area, size of a directory's or link's content, bytes of it behind the inode.
-Record = tuple[int, Node, int, bytes, int, int]
+# Inode, byte position, attribute area, size of a directory's or link's content, bytes of it behind the inode.
+Record = tuple[Node, int, bytes, int, int]
 
 
 class Layout:
-    """Places of all inodes, and of content outside their records. Inodes are numbered from 1 in placing order.
-    """
+    """Places of all inodes, and of content outside their records."""
 
     def __init__(self, start: int) -> None:
         self.files: dict[Node, int] = {}  # regular files with data and without attributes -> byte position
-        self.file_numbers: list[int] = []
         self.records: list[Record] = []  # all others
         self.unread: PlainFiles | None = None  # where the files in `runs` come from
         self.runs: list[Run] = []  # unread files
@@ -117,7 +115,6 @@ class Layout:
             self.files[child] = position = self._allocate(FILE.size)
             self.nids[child] = position // SLOT_BYTES
             self.count += 1
-            self.file_numbers.append(self.count)
             return
         try:
             self._place(child)
@@ -139,7 +136,7 @@ class Layout:
                 self._gap = behind
             else:
                 self._position = behind
-            self.runs.append(Run(run, position, self.count + 1))
+            self.runs.append(Run(run, position))
             moved.extend(range(position // SLOT_BYTES, behind // SLOT_BYTES, FILE_SLOTS))
             self.count += len(run)
             at += len(run)
@@ -173,7 +170,7 @@ class Layout:
         position = self._allocate(fixed + tail)
         self.nids[node] = position // SLOT_BYTES
         self.count += 1
-        self.records.append((self.count, node, position, body, size, tail))
+        self.records.append((node, position, body, size, tail))
 
     def _allocate(self, length: int) -> int:
         length += -length % SLOT_BYTES
@@ -193,7 +190,7 @@ class Layout:
 
     def _place_outside(self) -> None:
         end = self._position + -self._position % BLOCK_BYTES
-        for _, node, _, _, size, tail in self.records:
+        for node, _, _, size, tail in self.records:
             if size > tail:
                 self.outside[node] = end
                 end += size - tail

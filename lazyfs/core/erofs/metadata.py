@@ -65,7 +65,6 @@ class Inode(NamedTuple):
     """What stat(2) needs, and where a regular file's data lies. A tuple, because one is made for every stat."""
 
     nid: int
-    ino: int  # running number from 1; the kernel shows `nid` as st_ino
     kind: Kind
     mode: int  # st_mode: type and permissions
     uid: int
@@ -134,7 +133,7 @@ class Metadata:
     def inode(self, nid: int) -> Inode:
         """The inode at `nid`. Raises ImageError if there is no valid one."""
         fields = self._fields(nid)
-        layout, xattr_count, mode, _, size, address, ino, uid, gid, mtime_s, mtime_ns, nlink = fields
+        layout, xattr_count, mode, _, size, address, _, uid, gid, mtime_s, mtime_ns, nlink = fields
         kind = KIND_OF_TYPE.get(mode & _TYPE_MASK)
         if kind is None or mtime_ns >= NSEC_PER_S or uid > ID_MAX or gid > ID_MAX or not nlink:
             raise damaged(f"bad inode {nid}")
@@ -156,7 +155,7 @@ class Metadata:
         elif kind is not Kind.FIFO:
             rdev = address  # new_encode_dev() equals glibc's makedev() for 32-bit numbers
         return Inode(
-            nid, ino, kind, mode, uid, gid, size, nlink, mtime_s * NSEC_PER_S + mtime_ns, rdev, device, place
+            nid, kind, mode, uid, gid, size, nlink, mtime_s * NSEC_PER_S + mtime_ns, rdev, device, place
         )
 
     def _extent(self, nid: int, xattr_count: int, size: int) -> tuple[int, int]:

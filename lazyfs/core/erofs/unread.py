@@ -28,9 +28,9 @@ from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.tree import Node, UnreadChildren
 
 _PERMISSIONS = 0o7777
-# 32-bit words of FILE: format and attributes; mode and reserved; size (two); format of chunks; number; uid; gid;
-# seconds (two); nanoseconds; links; then behind the inode: advise and device; block.
-_FORMAT, _NUMBER, _NLINK, _DEVICE = 4, 5, 11, 16
+# 32-bit words of FILE: format and attributes; mode and reserved; size (two); format of chunks; 0; uid; gid; seconds
+# (two); nanoseconds; links; then behind the inode: advise and device; block.
+_FORMAT, _NLINK, _DEVICE = 4, 11, 16
 _WORD = struct.Struct("<I")
 _SLOT_WORDS = SLOT_BYTES // 4
 # Of plain files that lie side by side, the nids differ by this; and the bytes of each, with padding.
@@ -40,12 +40,11 @@ _FILE_WORDS = FILE_BYTES // 4
 
 
 class Run(NamedTuple):
-    """Plain files that lie side by side in a new namespace: the nids they had, where the first of them lies (in bytes),
-    and its inode number."""
+    """Plain files that lie side by side in a new namespace: the nids they had, and where the first of them lies, in
+    bytes."""
 
     nids: array[int]
     position: int
-    number: int
 
 
 class PlainFiles:
@@ -103,17 +102,15 @@ class PlainFiles:
         moved = {old << 16: numbers[layer] + 1 << 16 for old, layer in layers if layer < len(numbers)}
         stay = all(old == new for old, new in moved.items())
         words = memoryview(image).cast("I")
-        for nids, position, number in runs:
-            count = len(nids)
-            end = position + FILE_BYTES * count
+        for nids, position in runs:
+            end = position + FILE_BYTES * len(nids)
             starts = [nid * SLOT_BYTES for nid in nids]
-            if nids == _side_by_side(nids[0], count):
+            if nids == _side_by_side(nids[0], len(nids)):
                 image[position:end] = source[starts[0] : starts[-1] + FILE_BYTES]
             else:
                 image[position:end] = b"".join([source[start : start + FILE_BYTES] for start in starts])
-            columns = words[position >> 2 : end >> 2]
-            columns[_NUMBER::_FILE_WORDS] = array("I", range(number, number + count))
             if not stay:
+                columns = words[position >> 2 : end >> 2]
                 columns[_DEVICE::_FILE_WORDS] = array("I", map(moved.__getitem__, columns[_DEVICE::_FILE_WORDS]))
 
 

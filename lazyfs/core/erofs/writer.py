@@ -103,10 +103,10 @@ def _check_device(device: Device) -> None:
 def _write_inodes(image: bytearray, layout: Layout, devices: Sequence[Device], numbers: Sequence[int]) -> None:
     if layout.files:
         columns = list(zip(*map(_FILE_COLUMNS, layout.files), strict=True))
-        if not _write_files(image, layout.files.values(), layout.file_numbers, columns, devices, numbers):
+        if not _write_files(image, layout.files.values(), columns, devices, numbers):
             # One file cannot be represented. Writing them one by one finds out which, and why.
-            files = zip(layout.file_numbers, layout.files.items(), strict=True)
-            _write_records(image, layout, devices, numbers, [(n, node, at, b"", 0, 0) for n, (node, at) in files])
+            records = [(node, position, b"", 0, 0) for node, position in layout.files.items()]
+            _write_records(image, layout, devices, numbers, records)
     if layout.unread is not None:
         _check_devices(layout.rooms, devices, numbers)
         layout.unread.write(image, layout.runs, numbers)
@@ -126,7 +126,6 @@ def _check_devices(rooms: Mapping[int, int], devices: Sequence[Device], numbers:
 def _write_files(
     image: bytearray,
     positions: Iterable[int],
-    inode_numbers: Sequence[int],
     columns: Sequence[Sequence[int]],
     devices: Sequence[Device],
     numbers: Sequence[int],
@@ -155,7 +154,7 @@ def _write_files(
     blocks = map(operator.rshift, addresses, repeat(BLOCK_BITS))
     writes = map(
         FILE.pack_into, repeat(image), positions, repeat(FORMAT_CHUNKS), repeat(0), bits, repeat(0),
-        sizes, repeat(CHUNK_FORMAT), inode_numbers, uids, gids, mtimes_s, mtimes_ns, nlinks, repeat(0), ids,
+        sizes, repeat(CHUNK_FORMAT), repeat(0), uids, gids, mtimes_s, mtimes_ns, nlinks, repeat(0), ids,
         blocks,
     )  # fmt: skip
     try:
@@ -172,7 +171,7 @@ def _write_records(
     numbers: Sequence[int],
     records: Sequence[Record],
 ) -> None:
-    for number, node, position, body, size, tail in records:
+    for node, position, body, size, tail in records:
         kind, mode, uid, gid, mtime_ns = node.kind, node.mode, node.uid, node.gid, node.mtime_ns
         if mode & ~0o7777 or not 0 <= mtime_ns < NSEC_PER_S or uid > ID_MAX or gid > ID_MAX:
             raise ImageError(
@@ -192,7 +191,7 @@ def _write_records(
         try:
             INODE.pack_into(
                 image, position, layout_format, ((len(body) - 12) >> 2) + 1 if body else 0, TYPE_BITS[kind] | mode,
-                0, size, address, number, uid, gid, node.mtime_s, mtime_ns, node.nlink,
+                0, size, address, 0, uid, gid, node.mtime_s, mtime_ns, node.nlink,
             )  # fmt: skip
         except (struct.error, KeyError):
             raise ImageError(

@@ -1,6 +1,6 @@
 """The index of one layer: all that follows from the layer alone, in one blob. It is made once for all images.
 
-Layout (docs/FORMATS.md, "Layer index"; version 2): magic "LZFSLYR2" and header, as a blob of sections has them
+Layout (docs/FORMATS.md, "Layer index"; version 3): magic "LZFSLYR3" and header, as a blob of sections has them
 (core/index/sections.py); then
 
     head      the header, the packed block table, the span records: what a mount reads, by one request
@@ -21,6 +21,7 @@ from lazyfs.core.index.record import LayerRecord, read_record, record_fields
 from lazyfs.core.index.sections import (
     MAX_STORED_BYTES,
     compress,
+    compress_hashes,
     decompress,
     number,
     read_header,
@@ -35,8 +36,8 @@ from lazyfs.errors import ImageError
 LAYER_MEDIA_TYPE = "application/vnd.lazyfs.index.v2.layer"
 MAX_LAYER_INDEX_BYTES = MAX_STORED_BYTES
 
-_MAGIC = b"LZFSLYR2"
-_VERSION = 2
+_MAGIC = b"LZFSLYR3"
+_VERSION = 3
 _WHAT = "the index of a layer"
 _HINT = "update lazyfs, or index the image again"
 
@@ -46,7 +47,7 @@ def encode_parts(
 ) -> bytes:
     """The blob of these parts; all but the groups of windows are still to be compressed."""
     plain = (pack_table(table), span_records, entries)
-    stored = tuple(map(compress, plain))
+    stored = (compress_hashes(plain[0]), compress(plain[1]), compress(plain[2]))
     header = {
         "version": _VERSION,
         "layer": record_fields(record),
