@@ -54,7 +54,6 @@ def test_the_usual_is_known(line: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "line", [[], ["ls"], ["mount"], ["mount", "-h"], ["mount", "a", "/t", "-o"], ["run", "-it", "a"], ["bundle", "a"]]
-    + [["umount", "a", "b"], ["index"]],
 )
 def test_the_rest_is_left_to_argparse(line: list[str]) -> None:
     assert usual.parse(line) is None
