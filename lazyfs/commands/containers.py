@@ -102,7 +102,7 @@ def lazy_roots() -> RootProvider:
     from lazyfs.containers.roots import MountedRoots
     from lazyfs.mounting.lease import Reporter
 
-    return MountedRoots(Reporter(say, _bars))
+    return MountedRoots(Reporter(say, _bars, say))
 
 
 def _bars() -> LayerBars:

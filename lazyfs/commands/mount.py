@@ -28,10 +28,15 @@ def _mount_once(
     from lazyfs.mounting import mount
     from lazyfs.mounting.lease import Reporter
 
-    # Without -v a terminal still shows slow steps; a script gets errors only.
+    # Without -v a terminal still shows slow steps; a script gets errors and warnings only.
     if not args.verbose and not sys.stderr.isatty():
         return mount.mount(
-            args.image, args.target, args.options, push_index=args.push_index, on_attached=on_attached
+            args.image,
+            args.target,
+            args.options,
+            push_index=args.push_index,
+            reporter=Reporter(warn=_warn),
+            on_attached=on_attached,
         )
     from lazyfs.commands.bars import layer_bars
     from lazyfs.commands.report import ProgressLine
@@ -43,7 +48,7 @@ def _mount_once(
             args.target,
             args.options,
             push_index=args.push_index,
-            reporter=Reporter(progress, layer_bars),
+            reporter=Reporter(progress, layer_bars, _warn),
             on_attached=on_attached,
         )
     finally:
@@ -53,6 +58,10 @@ def _mount_once(
         place = f"{mounted.image} mounted on {mounted.target}"
         print(f"lazyfs: {place} by backend={mounted.backend}{joined}", file=sys.stderr, flush=True)
     return mounted
+
+
+def _warn(text: str) -> None:
+    print(f"lazyfs: warning: {text}", file=sys.stderr, flush=True)
 
 
 def umount(args: argparse.Namespace) -> int:

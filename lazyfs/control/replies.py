@@ -38,9 +38,9 @@ COUNTERS = (  # of serving/image.py
 
 # The fields of "ok" replies, besides "ok" itself. "mounts" is a list of entries in "list", else their number.
 REPLIES: dict[str, tuple[str, ...]] = {
-    # "index_place": as in serving/image.py
-    "lease": ("manifest_digest", "image", "index_place", "joined", "dev"),
-    "fuse_mount": ("manifest_digest", "image", "index_place", "joined", "dev"),
+    # "index_place", "stale": as in serving/image.py
+    "lease": ("manifest_digest", "image", "index_place", "stale", "joined", "dev"),
+    "fuse_mount": ("manifest_digest", "image", "index_place", "stale", "joined", "dev"),
     "attached": (),
     "hold": (),
     "release": (),

@@ -75,6 +75,8 @@ class OpenedImage(Protocol):
     @property
     def index_place(self) -> str | None: ...
     @property
+    def stale(self) -> str: ...
+    @property
     def namespace_path(self) -> str: ...
     @property
     def layers(self) -> Sequence[LayerData]: ...
@@ -209,6 +211,7 @@ class _Session:
             manifest_digest=self._image.manifest_digest,
             image=self._image.reference,
             index_place=self._image.index_place,
+            stale=self._image.stale,
             joined=False,
             dev=messages.format_dev(dev),
         )

@@ -60,6 +60,7 @@ class Requests:
             manifest_digest=root.image.manifest_digest,
             image=root.image.reference,
             index_place=root.image.index_place,
+            stale=root.image.stale,
             joined=lease.joined,
             dev=format_dev(root.dev),
         )

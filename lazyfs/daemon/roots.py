@@ -273,7 +273,7 @@ class Roots:
 
     async def _restore(self, old: SavedRoot) -> None:
         """Takes over one image, without the network, because nobody is served until this is done."""
-        access = old.access._replace(offline=True)
+        access = old.access._replace(pull="never")
         try:
             with trio.fail_after(_RESTORE_S):
                 image = await self._store.open(

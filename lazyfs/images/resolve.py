@@ -33,7 +33,8 @@ class Resolved:
     """An image manifest that a reference led to. `source` belongs to the holder, who closes it.
 
     `open_beside` opens another source in the same way; the caller closes it. `listed`: an image index has it as the
-    image for `platform`; else its config has to say so.
+    image for `platform`; else its config has to say so. `stale`: why it was not looked up whether the reference means
+    another one by now; empty if it was.
     """
 
     reference: Reference
@@ -46,6 +47,7 @@ class Resolved:
     open_beside: Callable[[Reference], Source]
     platform: str
     listed: bool
+    stale: str = ""
 
 
 async def resolve(
@@ -60,7 +62,7 @@ async def resolve(
 
     `known`: the manifest's digest, if it was resolved before (by a predecessor of this daemon). `sources`: opens
     sources that share connections; `patience_s` as for Sources.open(). Raises LazyfsError; UserError if
-    `access.offline` and the reference was never seen.
+    `access.offline` and the reference was never seen. With access.pull "missing" nothing is asked about a known tag.
     """
     reference = parse_reference(text)
     wanted = str(parse_platform(access.platform or host_platform(host.machine())))
@@ -72,7 +74,7 @@ async def resolve(
 
     source = open_one(reference)
     try:
-        if known is None and (access.offline or is_digest(reference.selector)):
+        if known is None and (access.pull != "always" or is_digest(reference.selector)):
             known = (read_file(note) or b"").decode("ascii", "replace")
         if known and is_digest(known):
             digest = Digest(known)

@@ -110,10 +110,12 @@ class Lease:
 
 
 class Reporter(NamedTuple):
-    """Where progress is shown: lines of text, and `bars` while layers of an image without an index are read."""
+    """Where progress is shown: lines of text, and `bars` while layers of an image without an index are read. `warn`:
+    takes lines that the user has to see."""
 
     progress: Progress = lambda text: None
     bars: Bars | None = None
+    warn: Progress = lambda text: None
 
 
 SILENT = Reporter()
@@ -124,11 +126,13 @@ def until_indexed(wanted: Wanted, ask: Callable[[], dict[str, Any]], reporter: R
     reply = ask()
     image = wanted.image
     if reply.get("needs_index") is not True:
+        if stale := reply.get("stale"):
+            reporter.warn(f"{image} is as it was here last: {stale}")
         if place := reply.get("index_place"):
             reporter.progress(f"the index of {image} comes from {place}")
         return reply
     if wanted.access.offline:
-        raise UserError(f"{image} has no index, and offline forbids to build one", "mount it once without offline")
+        raise UserError(f"{image} has no index, and none may be built offline", "mount it once without offline")
     reasons = reply.get("reasons")
     for reason in reasons if isinstance(reasons, list) else []:
         reporter.progress(f"an index was passed over: {reason}")

@@ -10,7 +10,7 @@ import os
 from lazyfs.control import messages
 from lazyfs.errors import UserError
 from lazyfs.records import NamedTuple
-from lazyfs.sources.access import LEARNING, Access
+from lazyfs.sources.access import LEARNING, PULLING, Access
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -176,6 +176,12 @@ def _learning(name: str, value: str | None, _: str | None) -> str:
     return value
 
 
+def _pull(name: str, value: str | None, _: str | None) -> str:
+    if value not in PULLING:
+        raise UserError(f"mount option {name}={value or '':.40} is unknown", f"use pull={', '.join(PULLING)}")
+    return value
+
+
 def _seconds(name: str, value: str | None, _: str | None) -> float:
     try:
         return messages.parse_timeout(float((value or "").removesuffix("s")))
@@ -209,7 +215,10 @@ OPTIONS = (
           writable=True, ephemeral=True),
     _value("backend", "backend", "NAME", "auto (default), kernel (EROFS; root, Linux 6.12) or fuse (also without root)",
            _backend),
-    _flag("offline", "ask no registry: what is cached must do", offline=True),
+    _value("pull", "pull", "WHEN",
+           "ask the registry always (default; if it is away, the image is\n"
+           "as it was here last), missing: only for what is not known here,\nor never: what is cached must do", _pull),
+    _flag("offline", "the same as pull=never", pull="never"),
     _value("cache", "cache", "DIR", "the block cache (root: /var/cache/lazyfs, others: ~/.cache/lazyfs)", _path),
     _value("timeout", "timeout_s", "SECONDS", "the longest a read waits before it fails with EIO (30)", _seconds),
     _value("platform", "platform", "OS/ARCH[/VARIANT]", "of an image for several (default: this host's)", _platform),

@@ -29,6 +29,7 @@ class Image:
     dispatcher: Dispatcher  # of the source
     lock_fd: int
     kept: tuple[KeptLayerIndex | WindowGroups, ...]  # of the indexes of its layers, held in the cache
+    stale: str = ""  # as Resolved.stale, when it was opened
     users: int = 1
 
     def promise(self, timeout_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -31,6 +32,8 @@ from lazyfs.serving.windows import Windows
 from lazyfs.sources.access import Access
 from lazyfs.sources.source import Sources
 from lazyfs.tasks import together
+
+log = logging.getLogger("lazyfs.images")
 
 
 class _Documents(NamedTuple):
@@ -81,7 +84,7 @@ class ImageStore:
         return image
 
     async def _resolve(self, text: str, access: Access, timeout_s: float, known: str | None) -> Resolved:
-        """As resolve(). While the registry is unreachable, a reference means the image that is open under it."""
+        """As resolve(). While the registry is unreachable, a reference means what it meant here last."""
         patience_s = answer_s(timeout_s)
         try:
             return await resolve(self.cache, text, access, known, self._sources, patience_s)
@@ -90,13 +93,12 @@ class ImageStore:
                 raise
             try:
                 resolved = await resolve(
-                    self.cache, text, access._replace(offline=True), known, self._sources, patience_s
+                    self.cache, text, access._replace(pull="never"), known, self._sources, patience_s
                 )
             except LazyfsError:
                 raise error from None
-            if resolved.manifest_digest not in self.images:
-                await close_source(resolved.source)
-                raise
+            log.warning("%s is taken as it was here last: %s", text, error.message)
+            resolved.stale = error.message
             return resolved
 
     async def _documents(
@@ -187,6 +189,7 @@ class ImageStore:
             index_place=found.place,
             dispatcher=dispatcher,
             lock_fd=lock_fd,
+            stale=resolved.stale,
             kept=tuple(layer.kept for layer in found.layers.values()),
         )
         image.promise(timeout_s)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     Repositories = tuple[str, ...]
     Learning = str  # one of LEARNING
+    Pulling = str  # one of PULLING
 
 # What of a user's environment leads to credentials (section "Credentials" of the README): nothing else of it is
 # kept or sent.
@@ -25,6 +26,9 @@ ENVIRONMENT = (
 # What is learned from starts: they are recorded for this host, and fetched ahead at the next cold one; neither; or they
 # also improve the pack that is attached to the image.
 LEARNING = ("local", "off", "push")
+# When a registry is asked what a tag means: at every mount (if it is away, what it meant last counts); only if that is
+# not known here; or never, and not for what is missing of the image either.
+PULLING = ("always", "missing", "never")
 _MAX_CHARACTERS = 4096  # PATH_MAX
 _MAX_ENVIRONMENT_CHARACTERS = 64 << 10
 _MAX_FILES = 64  # CA or authentication files
@@ -35,7 +39,7 @@ class Access(NamedTuple):
     """How an image and its sources are reached. A new field needs nothing but a name in mounting/options.py."""
 
     platform: str | None = None  # OS/ARCH[/VARIANT]; None: this host's
-    offline: bool = False  # no source is asked
+    pull: Pulling = "always"
     insecure: bool = False  # plain http to any host; certificates are not verified
     ca_files: tuple[str, ...] = ()  # more trusted CAs (PEM), absolute paths
     auth_files: tuple[str, ...] | None = None  # credential files in order of preference; None: the usual places
@@ -43,6 +47,11 @@ class Access(NamedTuple):
     # Where indexes are looked up beside the image's own repository, in this order (core/oci/indexrepository.py).
     index_repositories: Repositories = ()
     learn: Learning | None = None  # None: local
+
+    @property
+    def offline(self) -> bool:
+        """Whether no source is asked."""
+        return self.pull == "never"
 
     @property
     def learns(self) -> bool:
@@ -64,6 +73,9 @@ def from_json(value: object) -> Access:
     """
     if not isinstance(value, dict):
         raise ValueError("access is not an object")
+    value = dict(value)
+    if _boolean(value.pop("offline", False), "offline"):  # what older versions said and saved
+        value["pull"] = "never"
     if unknown := set(value) - set(Access._fields):
         raise ValueError(f"unknown option {min(unknown)!r:.40}")
     kinds = {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in Access.__annotations__.items()}
@@ -109,6 +121,12 @@ def _learning(value: object, what: str) -> Learning:
     return str(value)
 
 
+def _pulling(value: object, what: str) -> Pulling:
+    if value not in PULLING:
+        raise ValueError(f"{what} is none of {', '.join(PULLING)}")
+    return str(value)
+
+
 def _or_none(check: Callable[[object, str], object]) -> Callable[[object, str], object]:
     return lambda value, what: None if value is None else check(value, what)
 
@@ -120,6 +138,7 @@ _CHECKS: dict[str, Callable[[object, str], Any]] = {
     "tuple[str, ...]": _paths,
     "tuple[str, ...] | None": _or_none(_paths),
     "Repositories": _repositories,
+    "Pulling": _pulling,
     "Learning | None": _or_none(_learning),
     "Mapping[str, str] | None": _or_none(_environment),
 }

@@ -52,14 +52,14 @@ def test_a_mount_request_survives_the_wire() -> None:
     }
     assert requests.parse_request(messages.encode(message)) == Mount(
         image="debian:12",
-        access=Access(offline=True, platform="linux/amd64", ca_files=("/ca",), environ={"HOME": "/root"}),
+        access=Access(pull="never", platform="linux/amd64", ca_files=("/ca",), environ={"HOME": "/root"}),
         timeout_s=5.0,
     )
 
 
 def test_access_travels_as_it_is() -> None:
     """All fields, so that a new one cannot be forgotten."""
-    access = Access("linux/arm64", True, True, ("/ca",), ("/a", "/b"), {"HOME": "/h"}, ("a/i", "oci:/i"), "push")
+    access = Access("linux/arm64", "never", True, ("/ca",), ("/a", "/b"), {"HOME": "/h"}, ("a/i", "oci:/i"), "push")
     assert all(value != default for value, default in zip(access, Access(), strict=True))
     message = {"op": "lease", "image": "a", "access": access.to_json()}
     assert requests.parse_request(messages.encode(message)) == Mount("a", access)

@@ -96,6 +96,7 @@ class LocalImage:
     namespace_path: str
     layers: Sequence[LocalLayer]
     index_place: str | None = None
+    stale: str = ""
 
     def statistics(self) -> dict[str, Any]:
         return {}

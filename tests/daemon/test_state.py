@@ -17,7 +17,7 @@ from lazyfs.sources.access import Access
 DIGEST = Digest("sha256:" + "ab" * 32)
 ONE, OTHER = ContentRoot("cd"), ContentRoot("ef")
 RELEASED = ContentRoot("01")
-ACCESS = Access("linux/arm64", True, True, ("/ca",), ("/auth",), {"HOME": "/root"})
+ACCESS = Access("linux/arm64", "never", True, ("/ca",), ("/auth",), {"HOME": "/root"})
 
 
 class Keeper:

@@ -119,7 +119,7 @@ async def test_an_image_is_mounted_by_an_index_from_elsewhere(case: Case) -> Non
                 assert image.statistics()["requests"] > image.index_source.counters.requests > 0
                 await images.close(image)
                 # It is kept, with where it comes from, and serves who does not name the index repository.
-                image = await opened(images, case.image, OPTIONS._replace(offline=True))
+                image = await opened(images, case.image, OPTIONS._replace(pull="never"))
                 assert image.index_place and image.index_source is not image.source
                 await images.close(image)
             assert kept(cache, "scans/*/*/[0-9]*")  # windows came, too

@@ -36,7 +36,7 @@ from tests.indexing.test_indexer import from_tar, read_files
 from tests.layout import push
 from tests.servers import RegistryServer
 
-OFFLINE = Access(platform="linux/amd64", offline=True)
+OFFLINE = Access(platform="linux/amd64", pull="never")
 
 
 @pytest.fixture

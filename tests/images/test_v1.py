@@ -24,7 +24,7 @@ from tests.images import v1image
 from tests.indexing.localimages import image_store, indexed, opened, resolved
 from tests.indexing.test_indexer import read_files
 
-OFFLINE = Access(platform="linux/amd64", offline=True)
+OFFLINE = Access(platform="linux/amd64", pull="never")
 
 
 def kept(cache: CacheDirectory, pattern: str) -> list[Path]:

@@ -38,7 +38,7 @@ from tests.layertar import LayerTar
 from tests.layout import Layout, push
 from tests.servers import RegistryServer
 
-OFFLINE = Access(platform="linux/amd64", offline=True)
+OFFLINE = Access(platform="linux/amd64", pull="never")
 
 
 @pytest.fixture

@@ -49,15 +49,25 @@ def test_every_option() -> None:
         foreground=True,
         timeout_s=2.5,
         access=Access(
-            offline=True,
+            pull="never",
             insecure=True,
-            platform="linux/arm64/v8",
+            platform="linux/arm64",  # v8 goes without saying
             auth_files=("/a",),
             ca_files=("/1", "/2"),
             index_repositories=("a.example/i", "oci:/i"),
             learn="push",
         ),
     )
+
+
+def test_when_a_registry_is_asked() -> None:
+    texts = ("", "pull=missing", "pull=never", "offline", "offline,pull=always")
+    wanted = ["always", "missing", "never", "never", "always"]
+    assert [parse([text]).access.pull for text in texts] == wanted
+    assert parse(["offline"]).access.offline and not parse(["pull=missing"]).access.offline
+    for text in ("pull", "pull=", "pull=newer"):
+        with pytest.raises(UserError, match="pull"):
+            parse([text])
 
 
 @pytest.mark.parametrize(
@@ -232,7 +242,7 @@ def test_what_is_learned_may_be_said_by_the_environment(monkeypatch: pytest.Monk
 
 def test_every_option_of_the_table_is_parsed_and_explained() -> None:
     examples = {"backend": "fuse", "timeout": "5", "platform": "linux/arm64", "upperdir": "/u,rw"}
-    examples |= {"index_repository": "a.example/indexes", "learn": "push"}
+    examples |= {"index_repository": "a.example/indexes", "learn": "push", "pull": "missing"}
     shown = _subcommand_help("mount")
     for option in options.OPTIONS:
         text = option.name if option.read is None else f"{option.name}={examples.get(option.name, '/x')}"
@@ -250,7 +260,7 @@ def _subcommand_help(name: str) -> str:
 def test_a_new_option_is_written_at_two_places(tmp_path: Path) -> None:
     """A field and a line of the table: options, help, wire and state follow."""
     shutil.copytree(ROOT / "lazyfs", tmp_path / "lazyfs", ignore=shutil.ignore_patterns("__pycache__"))
-    _insert(tmp_path / "lazyfs/sources/access.py", "    offline: bool = False", "    made_up: bool = False")
+    _insert(tmp_path / "lazyfs/sources/access.py", "    insecure: bool = False", "    made_up: bool = False")
     line = '    _flag("made_up", "what was made up", made_up=True),'
     _insert(tmp_path / "lazyfs/mounting/options.py", '    _flag("offline", ', line)
     code = (

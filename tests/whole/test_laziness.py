@@ -190,7 +190,7 @@ def test_a_cached_image_by_tag_asks_for_the_tag_only(full: tuple[Host, FaultProx
 def test_a_cached_image_needs_no_registry(
     full: tuple[Host, FaultProxy, str], layouts: dict[str, Path]
 ) -> None:
-    """By its digest, or with `offline`. The last test of `full`: it stops the registry."""
+    """By its digest, with `offline`, or if its registry is away. The last test of `full`: it stops the registry."""
     machine, proxy, image = full
     digest = Layout(layouts["busybox"]).resolve("gzip")["digest"]
     by_digest = machine.mount(f"{image}@{digest}")  # seen for the first time in this form
@@ -198,11 +198,16 @@ def test_a_cached_image_needs_no_registry(
     machine.forget()
     proxy.clear()
     proxy.close()
-    for name, options in ((f"{image}@{digest}", ""), (image, "offline")):
+    for name, options in ((f"{image}@{digest}", ""), (image, "offline"), (image, "pull=missing")):
         target = machine.mount(name, options=options)
         assert (target / "bin/busybox").stat().st_size == len((target / "bin/busybox").read_bytes())
         machine.forget()
-    code, message = machine.refused(image, options="timeout=2")
+    words = ("mount", "-o", f"{machine.options},timeout=2", image, machine.target())
+    warned = machine.lazyfs(*words).stderr
+    assert warned.startswith(f"lazyfs: warning: {image} is as it was here last: ") and proxy.host in warned
+    assert (Path(str(words[-1])) / "bin/busybox").read_bytes()
+    machine.forget()
+    code, message = machine.refused(f"{image}-other", options="timeout=2")  # another tag was never here
     assert code == 32 and proxy.host in message
     assert proxy.requests == []
 
