@@ -29,6 +29,9 @@ Requests (control/requests.py: a record and a parser for each, control/replies.p
     {"op": "stats", "dev": "MAJ:MIN"}, {"op": "list"}, {"op": "ping"}, {"op": "upgrade"}, {"op": "stop"}
         "stats" takes the "dev" of an image or of a target. It answers with an `Entry` and the counters of its image
         (serving/image.py).
+    {"op": "profile", "dev": "MAJ:MIN"}
+        The start of the image (or of a target's image) is over: its trace ends, and is in the image's profile in the
+        cache when this is answered.
 
 A daemon runs on when its package is replaced, so client and daemon may differ in version. Either refuses what it does
 not know if that may be meant seriously: an operation, and any key of "lease" and "fuse_mount". So a change of the form

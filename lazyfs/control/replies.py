@@ -46,6 +46,7 @@ REPLIES: dict[str, tuple[str, ...]] = {
     "release": (),
     "list": ("cache", "mounts"),
     "stats": (*Entry._fields, *COUNTERS),  # and those of the backend
+    "profile": ("manifest_digest", "blocks"),  # how many were touched since the trace began; 0 if none was under way
     "ping": ("pid", "mounts"),
     "upgrade": ("pid", "mounts"),
     "stop": ("pid", "mounts"),

@@ -61,6 +61,10 @@ class Stats(NamedTuple):
     dev: Dev
 
 
+class Profile(NamedTuple):
+    dev: Dev
+
+
 class List(NamedTuple):
     pass
 
@@ -77,7 +81,7 @@ class Stop(NamedTuple):
     pass
 
 
-Request = Mount | FuseMount | Attached | Hold | Release | Stats | List | Ping | Upgrade | Stop
+Request = Mount | FuseMount | Attached | Hold | Release | Stats | Profile | List | Ping | Upgrade | Stop
 
 
 def _text(value: object, what: str, limit: int = MAX_PATH_CHARACTERS) -> str:
@@ -156,6 +160,7 @@ OPERATIONS: dict[str, tuple[type[Request], Callable[[Mapping[str, Any]], Request
     "hold": (Hold, lambda message: Hold(_name(message), parse_dev(message.get("dev")))),
     "release": (Release, lambda message: Release(_name(message))),
     "stats": (Stats, lambda message: Stats(parse_dev(message.get("dev")))),
+    "profile": (Profile, lambda message: Profile(parse_dev(message.get("dev")))),
     "list": (List, lambda _: List()),
     "ping": (Ping, lambda _: Ping()),
     "upgrade": (Upgrade, lambda _: Upgrade()),

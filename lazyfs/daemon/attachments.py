@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 import trio
 
 from lazyfs.cache.uppers import HeldUppers, sweep
 from lazyfs.control import replies, requests
-from lazyfs.control.requests import Attached, Request, Stats
+from lazyfs.control.requests import Attached, Profile, Request, Stats
 from lazyfs.control.server import ControlStream, Handlers, Reply, answered
 from lazyfs.errors import UserError
 from lazyfs.system.mountinfo import mounts
@@ -69,18 +69,20 @@ def _visible() -> set[Place]:
 
 
 class FuseRequests:
-    """The handlers of a fuse process. `entry`: what it serves, without targets; `counters`: what "stats" adds; `stop`:
-    set when a client asks the process to end."""
+    """The handlers of a fuse process. `entry`: what it serves, without targets; `counters`: what "stats" adds;
+    `end_trace`: as that of an image (serving/image.py); `stop`: set when a client asks the process to end."""
 
     def __init__(
         self,
         entry: replies.Entry,
         counters: Callable[[], Mapping[str, Any]],
+        end_trace: Callable[[], Awaitable[int]],
         attachments: Attachments,
         stop: trio.Event,
     ) -> None:
         self._described = entry
         self._counters = counters
+        self._end_trace = end_trace
         self._attachments = attachments
         self._stop = stop
 
@@ -88,6 +90,7 @@ class FuseRequests:
         return {
             requests.Attached: self._attached,
             requests.Stats: self._stats,
+            requests.Profile: self._profile,
             requests.List: self._list,
             requests.Ping: self._ping,
             requests.Stop: self._stop_serving,
@@ -101,9 +104,16 @@ class FuseRequests:
         stream.release(self._attachments.dev)
         return answered()
 
-    async def _stats(self, _: ControlStream, request: Stats) -> Reply:
-        if not self._attachments.has(request.dev):
+    def _check(self, dev: tuple[int, int]) -> None:
+        if not self._attachments.has(dev):
             raise UserError("this process does not serve that mount")
+
+    async def _profile(self, _: ControlStream, request: Profile) -> Reply:
+        self._check(request.dev)
+        return answered(manifest_digest=self._described.manifest_digest, blocks=await self._end_trace())
+
+    async def _stats(self, _: ControlStream, request: Stats) -> Reply:
+        self._check(request.dev)
         return answered(**self._entry(), **self._counters())
 
     async def _list(self, _: ControlStream, __: Request) -> Reply:

@@ -54,6 +54,7 @@ log = logging.getLogger("lazyfs.daemon.fuseworker")
 REQUEST_S = 30.0  # for the request to arrive; it is sent right after the start
 INIT_S = 30.0  # for the kernel's FUSE_INIT; it comes within a millisecond
 ATTACH_S = 120.0  # for the client to attach the mount: an overlay may have to be made
+TRACE_S = 2.0  # for what the start touched to be kept, once nothing is served any more
 DRAIN_S = 5.0  # from a lazy unmount to the end of the connection
 # One request carries at most 1 MiB. Programs start a fifth sooner than with the kernel's 128 KiB, by half as many
 # requests (docs/MEASUREMENTS.md, "daemon").
@@ -81,6 +82,7 @@ class OpenedImage(Protocol):
     @property
     def layers(self) -> Sequence[LayerData]: ...
     def statistics(self) -> dict[str, Any]: ...
+    async def end_trace(self) -> int: ...
 
 
 Opener = Callable[[str, Mount], AbstractAsyncContextManager[OpenedImage | Missing]]
@@ -97,9 +99,13 @@ async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | 
     async with open_nursery() as nursery:
         store = ImageStore(CacheDirectory(cache), nursery)
         image = await store.open(request.image, access, request.timeout_s, make_index=not request.push_index)
+        if not isinstance(image, Missing):
+            image.begin_trace()
         try:
             yield image
         finally:
+            with trio.CancelScope(shield=True):
+                await store.traces.finish(TRACE_S)
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 if not isinstance(image, Missing):
@@ -171,7 +177,9 @@ class _Session:
             executable=request.executable,
         )
         attachments = Attachments(dev, self._cache)
-        requests = FuseRequests(self._entry(dev), self._counters, attachments, self._stopping)
+        requests = FuseRequests(
+            self._entry(dev), self._counters, self._image.end_trace, attachments, self._stopping
+        )
         service = Service("the process of a fuse mount", requests.handlers(), "ask the daemon")
         path = os.path.join(self._runtime, f"fuse-{os.getpid()}.sock")
         try:

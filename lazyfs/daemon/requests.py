@@ -9,7 +9,7 @@ import trio
 
 from lazyfs.control import replies, requests
 from lazyfs.control.messages import format_dev
-from lazyfs.control.requests import Attached, Hold, Mount, Release, Request, Stats
+from lazyfs.control.requests import Attached, Hold, Mount, Profile, Release, Request, Stats
 from lazyfs.control.server import ControlStream, Handlers, Reply, answered
 from lazyfs.daemon.handover import EXIT_ENDED, EXIT_SUCCESSOR
 from lazyfs.daemon.keeperlink import KeeperLink
@@ -43,6 +43,7 @@ class Requests:
             requests.Hold: self._hold,
             requests.Release: self._release,
             requests.Stats: self._stats,
+            requests.Profile: self._profile,
             requests.List: self._list,
             requests.Ping: self._ping,
             requests.Upgrade: self._upgrade,
@@ -107,6 +108,10 @@ class Requests:
         root = self._roots.of(request.dev)
         layers = {"layers": len(root.image.layers), "layers_read_directly": len(root.direct)}
         return answered(**_entry(root).to_json(), **root.image.statistics(), **layers)
+
+    async def _profile(self, _: ControlStream, request: Profile) -> Reply:
+        image = self._roots.of(request.dev).image
+        return answered(manifest_digest=image.manifest_digest, blocks=await image.end_trace())
 
     async def _list(self, _: ControlStream, __: Request) -> Reply:
         return answered(cache=self._store.cache.path, mounts=[_entry(root).to_json() for root in self._roots])

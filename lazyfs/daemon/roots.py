@@ -227,6 +227,7 @@ class Roots:
         root.widen_read_ahead()
         self._link.hold(root.held_as, mount_fd)
         self._roots[image.manifest_digest] = root
+        image.begin_trace(direct)
         self._changed()
         return root
 
@@ -245,6 +246,7 @@ class Roots:
             self._release_devices(root)
             self._changed()
             self._link.drop(root.held_as)
+            self._store.traces.leave(root.image.manifest_digest)
             await self._store.close(root.image)
         return True
 

@@ -49,6 +49,7 @@ _START_S = 2.0  # usually the first image is open by then
 # While it drains, a worker takes no new requests, cached or not. The kernel sends requests that wait longer for a
 # registry to the successor again.
 _DRAIN_S = 3.0
+_TRACES_S = 2.0  # for the profiles of starts that are being traced: some 50 ms each
 
 
 class Daemon:
@@ -115,6 +116,8 @@ async def _end(daemon: Daemon, server: DeviceServer) -> None:
     """Ends the worker. If nobody needs it: lets everything go, and serves until the kernel ends the connection. If a
     successor is wanted: answers what was read, and makes way."""
     await daemon.life.ending.wait()
+    # The starts that go on are not traced by a successor. Until this is done, all reads are served.
+    await daemon.store.traces.finish(_TRACES_S, partial=daemon.life.status == EXIT_SUCCESSOR)
     if daemon.life.status == EXIT_ENDED and not daemon.life.interrupted.is_set():
         daemon.let_go(server)
         await daemon.life.interrupted.wait()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from time import monotonic
+
 import trio
 
 from lazyfs.cache.layer import CachedLayer
@@ -23,6 +26,9 @@ class DataDevice:
         # Reads answered from the cache, reads that had to fetch, and bytes given to both. Counted without a lock by
         # several threads: a lost count is cheaper than a lock on the hot path.
         self.hits = self.misses = self.bytes_read = 0
+        # When, where and how much was read, while a start is traced (trace.py).
+        self.reads: deque[tuple[float, int, int]] | None = None
+        self.waiting = 0  # reads that wait for data
 
     def promise(self, image: str, timeout_s: float) -> None:
         """An open image promises that reads end within `timeout_s`. What it promised before still holds. Any thread."""
@@ -41,6 +47,9 @@ class DataDevice:
 
     def read_cached(self, address: int, size_bytes: int) -> bytes | memoryview | None:
         """Exactly the bytes asked for, cut at the end of the device, if all are cached; else None. Any thread."""
+        reads = self.reads
+        if reads is not None:
+            reads.append((monotonic(), address, size_bytes))
         data = self.layer.read(address, size_bytes)
         if data is None:
             self.misses += 1
@@ -55,6 +64,7 @@ class DataDevice:
         """
         blocks = self.layer.table.overlapping(address, size_bytes)
         timeout_s = self.timeout_s
+        self.waiting += 1
         try:
             with trio.fail_after(answer_s(timeout_s)):
                 for _ in range(MAX_REREADS):
@@ -68,4 +78,6 @@ class DataDevice:
                 f"data did not arrive within {timeout_s:g} s",
                 "see the registry's state; the next read tries again",
             ) from None
+        finally:
+            self.waiting -= 1
         raise HostError("the block cache does not keep what is written to it", "check the disk")

@@ -7,9 +7,10 @@ from typing import Any
 
 from lazyfs.cache.images import WindowGroups
 from lazyfs.cache.scans import KeptLayerIndex
-from lazyfs.core.oci.digests import Digest
+from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
+from lazyfs.serving.trace import Traces
 from lazyfs.sources.source import Source
 from lazyfs.system.process import resident_bytes
 
@@ -29,6 +30,7 @@ class Image:
     dispatcher: Dispatcher  # of the source
     lock_fd: int
     kept: tuple[KeptLayerIndex | WindowGroups, ...]  # of the indexes of its layers, held in the cache
+    traces: Traces  # of the process
     stale: str = ""  # as Resolved.stale, when it was opened
     users: int = 1
 
@@ -36,6 +38,14 @@ class Image:
         """A mount of it was promised that reads end within `timeout_s`; holds until the image is closed."""
         for device in self.layers:
             device.promise(self.manifest_digest, timeout_s)
+
+    def begin_trace(self, direct: frozenset[ContentRoot] = frozenset()) -> None:
+        """A root of it is made: what is read now is a start. `direct`: layers that the kernel reads by itself."""
+        self.traces.begin(self.manifest_digest, self.reference, self.namespace_path, self.layers, direct)
+
+    async def end_trace(self) -> int:
+        """The start is over; returns when what it touched is in the image's profile, and how many blocks that was."""
+        return await self.traces.end(self.manifest_digest)
 
     def statistics(self) -> dict[str, Any]:
         """What `lazyfs stats` shows: transfers of the image's source and its index's, blocks and reads of its layers,

@@ -28,6 +28,7 @@ from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.fetcher import LayerFetcher
 from lazyfs.serving.image import Image
 from lazyfs.serving.spansource import SpanSource
+from lazyfs.serving.trace import Traces
 from lazyfs.serving.windows import Windows
 from lazyfs.sources.access import Access
 from lazyfs.sources.source import Sources
@@ -52,6 +53,7 @@ class ImageStore:
         self._nursery = nursery
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
         self._sources = Sources()
+        self.traces = Traces(cache, nursery)
         # By manifest digest, so that a slow registry delays only those who open the same image.
         self._opening: collections.defaultdict[Digest, trio.Lock] = collections.defaultdict(trio.Lock)
         self._changing = trio.Lock()  # of `images` and `devices`; held across local work only
@@ -191,6 +193,7 @@ class ImageStore:
             lock_fd=lock_fd,
             stale=resolved.stale,
             kept=tuple(layer.kept for layer in found.layers.values()),
+            traces=self.traces,
         )
         image.promise(timeout_s)
         return image
@@ -248,6 +251,7 @@ class ImageStore:
             if image.users:
                 return
             del self.images[image.manifest_digest]
+            self.traces.leave(image.manifest_digest)
             kept = {device.content_root for other in self.images.values() for device in other.layers}
             for device in image.layers:
                 device.fetcher.remove(image.dispatcher)

@@ -101,6 +101,9 @@ class LocalImage:
     def statistics(self) -> dict[str, Any]:
         return {}
 
+    async def end_trace(self) -> int:
+        return 7
+
 
 def main() -> int:
     directory, cache, runtime, status_fd, fault_fd = sys.argv[1:]
