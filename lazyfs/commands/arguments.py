@@ -226,6 +226,19 @@ def _analyze(add: _Add) -> None:
     _about_an_image(analyze)
 
 
+def _profile(add: _Add) -> None:
+    profile = add(
+        "profile",
+        "show which data the starts of an image touched on this host, and when",
+        "  lazyfs profile show python:3 | head -30\n"
+        "  lazyfs profile show --plot start.png registry.example/app:1\n\n"
+        "A start that is being traced counts as over.\n",
+    )
+    profile.add_argument("action", choices=["show"], help="show: by layer, and by file in the order of need")
+    profile.add_argument("--plot", metavar="FILE", help="draw it, too (PNG, SVG or PDF; needs matplotlib)")
+    _about_an_image(profile)
+
+
 def _stats(add: _Add) -> None:
     stats = add(
         "stats",
@@ -298,6 +311,7 @@ _DEFINITIONS: dict[str, Callable[[_Add], None]] = {
     "index": _index,
     "inspect": _inspect,
     "analyze": _analyze,
+    "profile": _profile,
     "stats": _stats,
     "ls": _ls,
     "doctor": _doctor,

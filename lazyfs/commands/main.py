@@ -151,6 +151,12 @@ def _analyze(args: argparse.Namespace) -> int:
     return int(analyze(args))
 
 
+def _profile(args: argparse.Namespace) -> int:
+    from lazyfs.commands.profile import profile
+
+    return int(profile(args))
+
+
 def _cache(args: argparse.Namespace) -> int:
     from lazyfs.commands.cache import cache
 
@@ -193,6 +199,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "index": _index,
     "inspect": _inspect,
     "analyze": _analyze,
+    "profile": _profile,
     "cache": _cache,
     "bundle": _bundle,
     "run": _run,

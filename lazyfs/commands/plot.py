@@ -1,13 +1,18 @@
-"""The figure of `lazyfs analyze --plot`: data by layer depth."""
+"""The figures of `lazyfs analyze --plot` (data by layer depth) and `lazyfs profile show --plot` (touches by time)."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lazyfs.commands.report import human_bytes
 from lazyfs.core.index.analysis import ImageAnalysis
+from lazyfs.core.starts.profile import Profile
 from lazyfs.errors import HostError, UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 try:
     import matplotlib
@@ -40,6 +45,32 @@ def plot(path: str, image: str, analysis: ImageAnalysis, start: dict[str, Any] |
         title += f"\na start reads {human_bytes(start['read_bytes'])} and fetches {human_bytes(start['fetched_bytes'])}"
     axes.set_title(title, fontsize=9)
     axes.legend(loc="best", fontsize=8)
+    _save(figure, path)
+
+
+def plot_profile(path: str, image: str, profile: Profile, labels: Sequence[str]) -> None:
+    """What was touched over time: a point for each block, in its layer's colour, where the curve of all bytes so far
+    is. `labels`: of the layers. Raises UserError: the file cannot be written."""
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    points: list[tuple[list[float], list[float]]] = [([], []) for _ in labels]
+    total_bytes = 0
+    for touch in sorted(profile.touches, key=lambda touch: touch.at_ms):
+        total_bytes += touch.length_bytes
+        points[touch.layer][0].append(touch.at_ms / 1000)
+        points[touch.layer][1].append(total_bytes / 1e6)
+    colours = pyplot.get_cmap("tab20")
+    for number, (label, (times_s, sizes)) in enumerate(zip(labels, points, strict=True)):
+        axes.plot(times_s, sizes, ".", color=colours(number % 20), markersize=4, label=f"layer {label}")
+    axes.set_xlabel("seconds since the first touch")
+    axes.set_ylabel("touched so far, MB unpacked")
+    axes.set_title(
+        f"{image}\n{len(profile.touches):,} blocks, {human_bytes(total_bytes)}, starts: {profile.starts}", fontsize=9
+    )
+    axes.legend(loc="best", fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str) -> None:
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=110)

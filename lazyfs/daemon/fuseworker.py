@@ -54,7 +54,7 @@ log = logging.getLogger("lazyfs.daemon.fuseworker")
 REQUEST_S = 30.0  # for the request to arrive; it is sent right after the start
 INIT_S = 30.0  # for the kernel's FUSE_INIT; it comes within a millisecond
 ATTACH_S = 120.0  # for the client to attach the mount: an overlay may have to be made
-TRACE_S = 2.0  # for what the start touched to be kept, once nothing is served any more
+TRACE_S = 5.0  # for what the start touched to be kept, once nothing is served any more
 DRAIN_S = 5.0  # from a lazy unmount to the end of the connection
 # One request carries at most 1 MiB. Programs start a fifth sooner than with the kernel's 128 KiB, by half as many
 # requests (docs/MEASUREMENTS.md, "daemon").
@@ -99,7 +99,7 @@ async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | 
     async with open_nursery() as nursery:
         store = ImageStore(CacheDirectory(cache), nursery)
         image = await store.open(request.image, access, request.timeout_s, make_index=not request.push_index)
-        if not isinstance(image, Missing):
+        if not isinstance(image, Missing) and access.learns:
             image.begin_trace()
         try:
             yield image

@@ -227,7 +227,8 @@ class Roots:
         root.widen_read_ahead()
         self._link.hold(root.held_as, mount_fd)
         self._roots[image.manifest_digest] = root
-        image.begin_trace(direct)
+        if access.learns:
+            image.begin_trace(direct)
         self._changed()
         return root
 

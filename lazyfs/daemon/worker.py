@@ -49,7 +49,7 @@ _START_S = 2.0  # usually the first image is open by then
 # While it drains, a worker takes no new requests, cached or not. The kernel sends requests that wait longer for a
 # registry to the successor again.
 _DRAIN_S = 3.0
-_TRACES_S = 2.0  # for the profiles of starts that are being traced: some 50 ms each
+_TRACES_S = 5.0  # for the profiles of starts that are being traced: some 50 ms each
 
 
 class Daemon:

@@ -70,12 +70,15 @@ def test_an_early_unmount_ends_the_start(machine: Host, reference: str) -> None:
     digest = machine.json("stats", target)["manifest_digest"]
     (target / "etc/small").read_bytes()
     machine.umount(target)
-    try:
-        wait_until(lambda: profile_of(machine, digest))
-    except AssertionError:
-        print((machine.runtime/"daemon.log").read_text(), os.listdir(machine.cache/"profiles"))
-        raise
+    wait_until(lambda: profile_of(machine, digest))
     assert names(profile_of(machine, digest)) == [("etc/small", 0)]
+
+
+def test_nothing_is_learned_if_that_is_off(machine: Host, reference: str) -> None:
+    target = machine.mount(reference, options="learn=off")
+    (target / "etc/small").read_bytes()
+    assert end_trace(target)["blocks"] == 0
+    assert CacheDirectory(str(machine.cache)).profile_paths() == []
 
 
 def test_nothing_is_kept_of_a_mount_that_is_not_read(machine: Host, reference: str) -> None:
