@@ -65,6 +65,16 @@ def test_a_start_is_traced_until_somebody_asks(machine: Host, reference: str) ->
     assert profile_of(machine, reply["manifest_digest"]) == found
 
 
+def test_show_ends_the_trace_and_tells(machine: Host, reference: str) -> None:
+    target = machine.mount(reference)
+    (target / "bin/large").read_bytes()
+    found = machine.json("profile", "show", "-o", machine.options, reference)
+    (file,) = found["files"]
+    assert (file["path"], file["blocks"], file["size_bytes"]) == ("/bin/large", 3, LARGE)
+    assert [one["depth"] for one in found["layers"]] == [1] and found["starts"] == 1
+    assert end_trace(target)["blocks"] == 0
+
+
 def test_an_early_unmount_ends_the_start(machine: Host, reference: str) -> None:
     target = machine.mount(reference)
     digest = machine.json("stats", target)["manifest_digest"]
