@@ -83,7 +83,7 @@ async def _resolved(cache: CacheDirectory, image: str, access: Access) -> AsyncI
     known."""
     async with contextlib.AsyncExitStack() as stack:
         try:
-            here = resolved_image(cache, image, access._replace(offline=True))
+            here = resolved_image(cache, image, access._replace(pull="never"))
             resolved = await stack.enter_async_context(here)
         except UserError:
             if access.offline:

@@ -213,7 +213,7 @@ async def test_offline_nobody_is_asked(case: Case) -> None:
     async with resolved(cache, case.image):
         pass
     case.proxy.clear()
-    async with resolved(cache, case.image, OPTIONS._replace(offline=True)) as it:
+    async with resolved(cache, case.image, OPTIONS._replace(pull="never")) as it:
         assert await find_packs(Attached(cache, it)) == []
     assert not case.proxy.requests
 
