@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from lazyfs.control import client, query, rundir
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.starts.profile import Profile
 from lazyfs.core.starts.summary import TouchedFile, TouchedLayer, by_file, by_layer
-from lazyfs.errors import LazyfsError, NotFound, UserError
+from lazyfs.errors import LazyfsError, NotFound
 from lazyfs.images.documents import Missing, find_index
 from lazyfs.images.resolve import Resolved, close_source
 from lazyfs.indexing.missing import DOCUMENTS_S, resolved_image, run_async
@@ -66,30 +65,17 @@ def profile(args: argparse.Namespace) -> int:
 
 
 def _named(cache: CacheDirectory, image: str, access: Access) -> _Named:
+    """The image as it is known on this host; a registry is asked only if it is not."""
     found: list[_Named] = []
 
     async def work() -> None:
-        async with _resolved(cache, image, access) as resolved:
+        here = access if access.offline else access._replace(pull="missing")
+        async with resolved_image(cache, image, here) as resolved:
             layers = await _layers(cache, resolved)
             found.append(_Named(str(resolved.reference), resolved.manifest_digest, layers))
 
     run_async(work)
     return found[0]
-
-
-@contextlib.asynccontextmanager
-async def _resolved(cache: CacheDirectory, image: str, access: Access) -> AsyncIterator[Resolved]:
-    """What the reference means on this host: what was mounted by it last. A registry is asked only if that is not
-    known."""
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            here = resolved_image(cache, image, access._replace(pull="never"))
-            resolved = await stack.enter_async_context(here)
-        except UserError:
-            if access.offline:
-                raise
-            resolved = await stack.enter_async_context(resolved_image(cache, image, access))
-        yield resolved
 
 
 async def _layers(cache: CacheDirectory, resolved: Resolved) -> dict[ContentRoot, tuple[int, Digest]]:
