@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.index.imageindex import ImageIndex, encode_image
+from lazyfs.indexing.packs import improve_pack
 from tests.cache.cachelayers import entry, make_layer
-from tests.indexing.localimages import big_layer, small_layer, write_image
+from tests.indexing.localimages import big_layer, indexed, resolved, small_layer, write_image
+from tests.indexing.somestarts import some_starts
 from tests.layertar import LayerTar
 from tests.layout import push
 from tests.servers import RegistryServer
@@ -54,6 +57,37 @@ def test_index_inspect_and_push(run: Callable[..., Any], registry: RegistryServe
     text = run("inspect", image).stdout
     assert "index     in the cache" in text and "gzip" in text
     assert "attached as sha256:" in run("index", image, "--push").stdout
+
+
+def attach_pack(maker: CacheDirectory, image: str, *profiles: range) -> None:
+    """As a host does that has the image whole: starts that touch these blocks, each told by a pack of its own."""
+
+    async def work() -> None:
+        built, _ = await indexed(maker, image, fill=True)
+        async with resolved(maker, image) as it:
+            for blocks in profiles:
+                await improve_pack(maker, it, some_starts(built, blocks))
+
+    trio.run(work)
+
+
+def test_index_keeps_the_pack_that_inspect_shows(
+    run: Callable[..., Any], registry: RegistryServer, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "image", [big_layer(), small_layer()])
+    image = f"{registry.host}/commands/packed:latest"
+    push(tmp_path / "image", "latest", image)
+    assert run("inspect", image, "--json")["pack"] is None
+    assert "pack      none (lazyfs record --push attaches one)" in run("inspect", image).stdout
+    run("index", image, "--push")
+    attach_pack(CacheDirectory(str(tmp_path / "maker")), image, range(2), range(1, 4))
+    pack = run("inspect", image, "--json")["pack"]
+    assert pack["starts"] == 2 and 4 <= pack["blocks"] <= 8 and pack["repository"] is None
+    assert 100_000 < pack["size_bytes"] < pack["plain_bytes"]
+    run("index", image, "--push")
+    report = run("inspect", image, "--json")
+    assert report["pack"] == pack and report["pack_reasons"] == []
+    assert f"{pack['blocks']} blocks of" in run("inspect", image).stdout
 
 
 def test_inspect_tells_a_damaged_index(run: Callable[..., Any], tmp_path: Path) -> None:

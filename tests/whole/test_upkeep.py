@@ -121,7 +121,7 @@ def test_inspect_shows_layers_and_index(
     assert report["image_bytes"] == sum(layer["size_bytes"] for layer in report["layers"])
     assert len(report["layers"]) == 4 and report["platform"] == "linux/amd64"
     text = machine.lazyfs("inspect", "-o", f"cache={machine.cache}", image).stdout
-    assert report["manifest_digest"] in text and ("--push" in text) is not indexed
+    assert report["manifest_digest"] in text and ("lazyfs index --push" in text) is not indexed
     if indexed:  # inspect has kept it
         again = machine.json("inspect", "-o", f"cache={machine.cache}", image)
         assert again["index"] == "in the cache"
