@@ -7,6 +7,7 @@ token has expired.
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Protocol
@@ -99,18 +100,22 @@ async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes
 
 
 class _Handed:
-    """Hands on the bytes of one range as they come, over any number of attempts."""
+    """Hands on the bytes of one range as they come, over any number of attempts. Each asks for what is missing by then:
+    `headers` change."""
 
     def __init__(self, take: Take, start: int, end: int) -> None:
+        self.headers = _asking_for(start, end)
         self._take = take
         self._range = start, end
+        self._asked_from = start  # by the next attempt
         self._handed = 0  # of the range's bytes
         self._at = 0  # of them, in the present attempt
 
     def begin(self, head: Response) -> Take | None:
         """An attempt's answer begins. None: it is not the range; collect it."""
-        self._at = 0
-        return self.more if head.status == 206 and _content_range(head.headers) == self._range else None
+        is_the_rest = head.status == 206 and _content_range(head.headers) == (self._asked_from, self._range[1])
+        self._at = self._asked_from - self._range[0] if is_the_rest else 0
+        return self.more if is_the_rest else None
 
     async def more(self, piece: bytes) -> None:
         """Once more what was handed on already is left out: a server that sends other bytes then is found out by the
@@ -119,12 +124,21 @@ class _Handed:
         self._at += len(piece)
         if fresh and self._at <= self._range[1] - self._range[0]:
             self._handed += len(fresh)
+            start, end = self._range
+            if start + self._handed < end:
+                self._asked_from = start + self._handed
+                self.headers |= _asking_for(self._asked_from, end)
             await self._take(fresh)
 
     @property
-    def bytes(self) -> int:
-        """How many bytes the present attempt brought."""
-        return self._at
+    def all_came(self) -> bool:
+        """Whether the present attempt brought what was missing, and no more."""
+        return self._at == self._range[1] - self._range[0]
+
+
+def _asking_for(start: int, end: int) -> dict[str, str]:
+    """The header. Closed and single: open ranges and several at once are what servers get wrong."""
+    return {"Range": f"bytes={start}-{end - 1}"}
 
 
 async def fetch_range(
@@ -143,13 +157,13 @@ async def fetch_range(
             return None
         if _ends_before(response.headers, end):
             raise _Shorter(locator, end)
-        came = len(response.body) if handed is None else handed.bytes
-        if _content_range(response.headers) != (start, end) or came != end - start:
-            return "the server sent another range than asked for"
-        return None
+        if handed is not None:
+            is_right = handed.all_came
+        else:
+            is_right = _content_range(response.headers) == (start, end) and len(response.body) == end - start
+        return None if is_right else "the server sent another range than asked for"
 
-    # Closed and single: open ranges and several at once are what servers get wrong.
-    headers = {"Range": f"bytes={start}-{end - 1}"}
+    headers = handed.headers if handed is not None else _asking_for(start, end)
     limit = max(end - start, MAX_WHOLE_BLOB_BYTES)
     try:
         response = await _get(http, locator, headers, limit, check, handed.begin if handed is not None else None)
@@ -185,10 +199,11 @@ async def _get(
     check: Check | None,
     begin: Begin | None = None,
 ) -> Response:
+    """`headers` may change between attempts."""
     for _ in range(MAX_RESOLVES):
         url, own = await locator.where()
         response = await http.send(
-            "GET", url, headers=own | headers, max_body_bytes=max_body_bytes, check=check, begin=begin
+            "GET", url, headers=ChainMap(headers, own), max_body_bytes=max_body_bytes, check=check, begin=begin
         )
         if response.status not in REFUSED:
             locator.came_from(response.url)

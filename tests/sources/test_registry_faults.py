@@ -147,6 +147,20 @@ async def test_stream_resumes(proxy: FaultProxy, times: int) -> None:
         assert len(starts) == times and starts == sorted(starts) and starts[0] > 0
 
 
+async def test_a_range_that_is_taken_as_it_comes_goes_on_where_it_broke(proxy: FaultProxy) -> None:
+    pieces: list[bytes] = []
+
+    async def take(piece: bytes) -> None:
+        pieces.append(piece)
+
+    async with open_registry(proxy.host) as registry:
+        proxy.rules = [Rule("truncate", path=BLOBS, after_bytes=at) for at in (300_000, 200_000)]
+        assert await registry.blob_range(DIGEST, 1000, 900_000, take) == b""
+    assert b"".join(pieces) == BLOB[1000:900_000]
+    asked = [request.range for request in proxy.matching("GET", BLOBS)]
+    assert asked == ["bytes=1000-899999", "bytes=301000-899999", "bytes=501000-899999"]
+
+
 async def test_stream_resumes_without_ranges(proxy: FaultProxy) -> None:
     """A server that ignores ranges sends it all again; what is known is read over."""
     async with open_registry(proxy.host) as registry:
