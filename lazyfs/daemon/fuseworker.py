@@ -98,7 +98,9 @@ async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | 
     access = request.access._replace(environ=None)
     async with open_nursery() as nursery:
         store = ImageStore(CacheDirectory(cache), nursery)
-        image = await store.open(request.image, access, request.timeout_s, make_index=not request.push_index)
+        image = await store.open(
+            request.image, access, request.timeout_s, make_index=not request.push_index, play=True
+        )
         if not isinstance(image, Missing) and access.learns:
             image.begin_trace()
         try:

@@ -75,7 +75,9 @@ class Requests:
         async def opening() -> None:
             make_index = not request.push_index  # else the client makes it, because it pushes it
             opened.append(
-                await self._store.open(request.image, request.access, request.timeout_s, make_index=make_index)
+                await self._store.open(
+                    request.image, request.access, request.timeout_s, make_index=make_index, play=True
+                )
             )
 
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import trio
 
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.serving.schedule import SLOTS, Rank, Schedule, Ticket
-from lazyfs.serving.sources import Batch, BlockSource, Part
+from lazyfs.serving.sources import Batch, BlockSource, Extent, Part
 
 log = logging.getLogger("lazyfs.fetch")
 
@@ -69,6 +69,12 @@ class Dispatcher:
         self._schedule.drop(rank)
         self._changed.set()
 
+    def look_again(self, source: BlockSource, pieces: Sequence[int]) -> None:
+        """Something happened to these pieces, or to what their source can bring: those who wait for them look whether
+        that is enough for them, and sources that could not bring anything are asked again."""
+        self._wake(self._schedule.waiting_for(Batch(source, pieces, Extent(0, 0))))
+        self._changed.set()
+
     async def idle(self) -> None:
         """Returns once nothing is queued or in flight."""
         while not self._schedule.idle:
@@ -112,7 +118,7 @@ class Dispatcher:
         """Why it did not come. (Returned from here: an error that its own frames hold would be left to the cycle
         collector, with all decoders.)"""
         try:
-            await batch.source.bring(batch, lambda: self._wake(self._schedule.waiting_for(batch)))
+            await batch.source.bring(batch, lambda: self.look_again(batch.source, batch.pieces))
         except LazyfsError as failure:
             return failure
         except Exception as failure:

@@ -46,6 +46,10 @@ class LayerFetcher:
         """A source for this layer, asked before those known so far. Any thread."""
         self._suppliers = [_Supplier(source, dispatcher), *self._suppliers]
 
+    def drop(self, source: BlockSource) -> None:
+        """Forgets one source."""
+        self._suppliers = [supplier for supplier in self._suppliers if supplier.source is not source]
+
     def remove(self, dispatcher: Dispatcher) -> None:
         """Forgets the sources of a dispatcher that is about to be closed."""
         self._suppliers = [supplier for supplier in self._suppliers if supplier.dispatcher is not dispatcher]
@@ -128,7 +132,7 @@ class LayerFetcher:
                     offers.append((supplier, list(parts)))
         if not offers:
             if reader.failures:
-                raise next(iter(reader.failures.values()))
+                raise list(reader.failures.values())[-1]  # of the place that should have it in any case
             raise RemoteError("this layer has no source at present", "mount its image again while online")
         if len(offers) > 1:
             for supplier, parts in offers:

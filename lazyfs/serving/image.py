@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lazyfs.cache.images import WindowGroups
 from lazyfs.cache.scans import KeptLayerIndex
 from lazyfs.core.oci.digests import ContentRoot, Digest
+from lazyfs.images.attached import Attached
 from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.trace import Traces
 from lazyfs.sources.source import Source
+from lazyfs.sources.transfer import TransferCounters
 from lazyfs.system.process import resident_bytes
 
 
@@ -33,6 +35,8 @@ class Image:
     traces: Traces  # of the process
     stale: str = ""  # as Resolved.stale, when it was opened
     users: int = 1
+    attached: Attached | None = None  # where its startup pack comes from, if that is played
+    counters: list[TransferCounters] = field(default_factory=list)  # of the pack's source
 
     def promise(self, timeout_s: float) -> None:
         """A mount of it was promised that reads end within `timeout_s`; holds until the image is closed."""
@@ -48,11 +52,10 @@ class Image:
         return await self.traces.end(self.manifest_digest)
 
     def statistics(self) -> dict[str, Any]:
-        """What `lazyfs stats` shows: transfers of the image's source and its index's, blocks and reads of its layers,
-        and the memory of the whole process."""
-        counters = [self.source.counters]
-        if self.index_source is not self.source:
-            counters.append(self.index_source.counters)
+        """What `lazyfs stats` shows: transfers of all its sources, blocks and reads of its layers, and the memory of
+        the whole process."""
+        sources = (self.source.counters, self.index_source.counters, *self.counters)
+        counters = list({id(one): one for one in sources}.values())
         return {
             "bytes_fetched": sum(one.bytes_fetched for one in counters),
             "requests": sum(one.requests for one in counters),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -19,14 +20,17 @@ from lazyfs.core.layer.plan import Cost
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
+from lazyfs.images.attached import Attached
 from lazyfs.images.documents import Found, FoundLayer, Missing, check_config, find_index, load_config
 from lazyfs.images.heads import span_table
+from lazyfs.images.packs import find_packs
 from lazyfs.images.resolve import Resolved, close_source, resolve
 from lazyfs.serving.blob import Blob
 from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.fetcher import LayerFetcher
 from lazyfs.serving.image import Image
+from lazyfs.serving.play import Player
 from lazyfs.serving.spansource import SpanSource
 from lazyfs.serving.trace import Traces
 from lazyfs.serving.windows import Windows
@@ -51,6 +55,7 @@ class ImageStore:
         self.images: dict[Digest, Image] = {}  # by manifest digest
         self.devices: dict[ContentRoot, DataDevice] = {}  # by content root
         self._nursery = nursery
+        self._players: dict[Digest, Player] = {}  # of the images, by manifest digest
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
         self._sources = Sources()
         self.traces = Traces(cache, nursery)
@@ -59,23 +64,29 @@ class ImageStore:
         self._changing = trio.Lock()  # of `images` and `devices`; held across local work only
 
     async def open(
-        self, text: str, access: Access, timeout_s: float, *, make_index: bool = True, known: str | None = None
+        self,
+        text: str,
+        access: Access,
+        timeout_s: float,
+        *,
+        make_index: bool = True,
+        play: bool = False,
+        known: str | None = None,
     ) -> Image | Missing:
         """Opens an image, or returns it with one more user if it is open already.
 
         `timeout_s`: how long a read of it may take. `make_index`: a missing index is made if that is quickly done.
-        `known` as for resolve(). Raises LazyfsError.
+        `play`: it is opened for a start, so its startup pack is played. `known` as for resolve(). Raises LazyfsError.
         """
         resolved = await self._resolve(text, access, timeout_s, known)
         try:
             async with self._opening[resolved.manifest_digest]:  # a joined mount finds the first one's image
                 image = self.images.get(resolved.manifest_digest)
                 if image is None:
-                    found = await self._documents(resolved, access.offline, make_index)
-                    if isinstance(found, Missing):
+                    opened = await self._open_new(resolved, timeout_s, make_index, play and not resolved.access.offline)
+                    if isinstance(opened, Missing):
                         await close_source(resolved.source)
-                        return found
-                    return await self._open(resolved, found, timeout_s)
+                    return opened
                 check_config(resolved, image.config)
                 image.promise(timeout_s)
                 image.users += 1  # no checkpoint since it was found
@@ -103,10 +114,36 @@ class ImageStore:
             resolved.stale = error.message
             return resolved
 
+    async def _open_new(self, resolved: Resolved, timeout_s: float, make_index: bool, play: bool) -> Image | Missing:
+        if not play:
+            return await self._open_one(resolved, None, timeout_s, make_index)
+        attached = Attached(self.cache, resolved)
+        find = functools.partial(find_packs, attached)
+        player = Player(self._nursery, self._decoders, self.cache, resolved.manifest_digest, find)
+        opened: Image | Missing | None = None
+        try:
+            opened = await self._open_one(resolved, attached, timeout_s, make_index)
+        finally:
+            if isinstance(opened, Image):
+                opened.attached = attached
+                self._players[opened.manifest_digest] = player
+                player.image_opened(opened)
+            else:
+                await player.aclose()
+                await attached.aclose()
+        return opened
+
+    async def _open_one(
+        self, resolved: Resolved, attached: Attached | None, timeout_s: float, make_index: bool
+    ) -> Image | Missing:
+        found = await self._documents(resolved, attached, make_index)
+        return found if isinstance(found, Missing) else await self._open(resolved, found, timeout_s)
+
     async def _documents(
-        self, resolved: Resolved, offline: bool, make_index: bool
+        self, resolved: Resolved, attached: Attached | None, make_index: bool
     ) -> _Documents | Missing:
         """The image's index, made if need be, and its config."""
+        offline = resolved.access.offline
         configs: list[bytes] = []
         indexes: list[Found | Missing] = []
 
@@ -114,7 +151,7 @@ class ImageStore:
             configs.append(await load_config(self.cache, resolved))
 
         async def index() -> None:
-            indexes.append(await find_index(self.cache, resolved, offline=offline))
+            indexes.append(await find_index(self.cache, resolved, offline=offline, attached=attached))
 
         try:
             await together(config, index)
@@ -252,6 +289,9 @@ class ImageStore:
                 return
             del self.images[image.manifest_digest]
             self.traces.leave(image.manifest_digest)
+            player = self._players.pop(image.manifest_digest, None)
+            if player is not None:
+                await player.aclose()
             kept = {device.content_root for other in self.images.values() for device in other.layers}
             for device in image.layers:
                 device.fetcher.remove(image.dispatcher)
@@ -267,3 +307,5 @@ class ImageStore:
         finally:
             await close_source(image.source)
             await close_source(image.index_source)
+            if image.attached is not None:
+                await image.attached.aclose()
