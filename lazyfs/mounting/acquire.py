@@ -17,17 +17,19 @@ from lazyfs.mounting.lease import SILENT, Lease, Reporter, Wanted, until_indexed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 _TRIES = 3
 
 
-def acquire(wanted: Wanted, reporter: Reporter = SILENT) -> Lease:
-    """A lease of the root; the caller releases it. Raises LazyfsError."""
+def acquire(wanted: Wanted, reporter: Reporter = SILENT, meanwhile: Callable[[], None] | None = None) -> Lease:
+    """A lease of the root; the caller releases it. `meanwhile` is called while a daemon works, if one is asked: it may
+    load what is needed later. Raises LazyfsError."""
     if wanted.backend == "fuse":
         return _fuse(wanted, reporter)
     try:
-        return _kernel(wanted, reporter)
+        return _kernel(wanted, reporter, meanwhile)
     except Unsupported as error:  # no file-backed EROFS, say
         if wanted.backend != "auto":
             raise
@@ -44,7 +46,7 @@ def _fuse(wanted: Wanted, reporter: Reporter) -> Lease:
     return fuse_lease(wanted, reporter)
 
 
-def _kernel(wanted: Wanted, reporter: Reporter) -> Lease:
+def _kernel(wanted: Wanted, reporter: Reporter, meanwhile: Callable[[], None] | None) -> Lease:
     connection: Connection | None = None
 
     def ask() -> dict[str, Any]:
@@ -57,6 +59,8 @@ def _kernel(wanted: Wanted, reporter: Reporter) -> Lease:
                 connection.send({"op": "lease", **wanted.request()})
                 from lazyfs.system import detached  # noqa: F401 - needed to attach; loaded while the daemon works
 
+                if meanwhile is not None:
+                    meanwhile()
                 return connection.answer(wanted.silence_s(), reporter.progress)
             except DaemonGone:  # it was just ending, or was killed: the next one answers
                 if attempt == _TRIES:

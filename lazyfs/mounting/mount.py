@@ -30,11 +30,12 @@ def mount(
     reporter: Reporter = SILENT,
     on_attached: Callable[[Mounted], None] | None = None,
     own_runtime: str | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Mounted:
     """Mounts `image` at the directory `target` and returns when the root is usable. `namespace`: a mount namespace to
     enter before attaching; the process stays in it. `on_attached` is called as soon as the mount is there, with no
     signal in between. `own_runtime`: the runtime directory of a daemon of its own (owndaemon.py), which sees every
-    read. Raises LazyfsError."""
+    read. `meanwhile`: see acquire(). Raises LazyfsError."""
     image = absolute_reference(image)
     backend = choose_backend(options, namespace)
     if namespace is None:
@@ -53,7 +54,7 @@ def mount(
         place=target,
         traced=own_runtime is not None,
     )
-    with acquire(wanted, reporter) as lease:
+    with acquire(wanted, reporter, meanwhile or (_load_overlay if options.writable else None)) as lease:
         if not options.writable:
             return attach(lease, target, _attributes(options), namespace=namespace, on_attached=on_attached)
         return _attach_writable(lease, target, options, namespace, on_attached)
@@ -76,6 +77,10 @@ def _attach_writable(
         raise
     upper.close()
     return mounted
+
+
+def _load_overlay() -> None:
+    from lazyfs.mounting import overlay  # noqa: F401
 
 
 def _attributes(options: MountOptions) -> int:
