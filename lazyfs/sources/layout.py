@@ -2,7 +2,8 @@
 
 Format: image-spec image-layout.md. File names are built from checked digests only. Artifacts are attached by the
 referrers tag schema (an index named sha256-<hex>), as regclient and oras do; but where an image has no name, a further
-entry of index.json would make others refuse `oci:DIR`, so there the index is the file referrers/sha256-<hex>.
+entry of index.json would make others refuse `oci:DIR`, so there the index is the file referrers/sha256-<hex>. What oras
+attaches or copies is listed in index.json itself, and found there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lazyfs.sources.directory import Directory
 from lazyfs.sources.transfer import Take, TransferCounters
 
 READ_CHUNK_BYTES = 1 << 20
+MAX_LISTED_ARTIFACTS = 16  # of one search: each is read to see what it belongs to
 MAX_LAYOUT_FILE_BYTES = 4096  # the oci-layout file holds one short object
 
 
@@ -51,9 +53,7 @@ class Layout(abc.ABC):
         )
         if layout.get("imageLayoutVersion") != "1.0.0":
             raise ImageError(f"{self.what}: not an OCI image layout of version 1.0.0")
-        raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
-        index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
-        assert isinstance(index, documents.ImageIndex)
+        raw, index = await self._index()
         if is_digest(reference):
             listed = [d for d in index.manifests if d.digest == reference]
             return await self._by_digest(Digest(reference), listed[0] if listed else None)
@@ -69,6 +69,12 @@ class Layout(abc.ABC):
                 return await self._by_digest(descriptor.digest, descriptor)
         raise NotFound(f"{self.what} has no image named {reference}", f"it has: {_names(index.manifests)}")
 
+    async def _index(self) -> tuple[bytes, documents.ImageIndex]:
+        raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
+        index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
+        assert isinstance(index, documents.ImageIndex)
+        return raw, index
+
     async def _by_digest(self, digest: Digest, descriptor: Descriptor | None) -> tuple[bytes, str]:
         if descriptor is not None:
             if descriptor.size_bytes > documents.MAX_MANIFEST_BYTES:
@@ -82,11 +88,17 @@ class Layout(abc.ABC):
     async def referrers(self, subject_digest: str, *artifact_types: str) -> list[Descriptor]:
         """What was attached to a manifest, of these artifact types."""
         raw = await self._referrers_index(referrers.referrers_tag(subject_digest))
-        if raw is None:
-            return []
-        index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
+        index = None if raw is None else documents.parse_manifest(raw, documents.MEDIA_INDEX)
         entries = index.manifests if isinstance(index, documents.ImageIndex) else ()
-        return [d for d in entries if d.artifact_type in artifact_types]
+        found = {d.digest: d for d in entries if d.artifact_type in artifact_types}
+        with contextlib.suppress(NotFound):
+            _, listed = await self._index()
+            others = [d for d in listed.manifests if d.artifact_type in artifact_types and d.digest not in found]
+            for one in others[:MAX_LISTED_ARTIFACTS]:
+                with contextlib.suppress(ImageError, NotFound):
+                    raw, _ = await self._by_digest(one.digest, one)
+                    found[one.digest] = referrers.listed_as(raw, subject_digest)
+        return list(found.values())
 
     async def _referrers_index(self, tag: str) -> bytes | None:
         """The list of what was attached; None if there is none."""
@@ -206,7 +218,7 @@ class DirectoryLayout(Layout):
 
     async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Store an artifact manifest whose subject is `subject`, and list it; returns its digest."""
-        own = referrers.listed_as(manifest, subject)
+        own = referrers.listed_as(manifest, subject.digest)
         await self.push_blob(manifest)
         name = referrers.referrers_tag(subject.digest)
         async with self._attaching:

@@ -210,7 +210,7 @@ class Registry:
         one attachment after the other. There is no atomic update: reading the tag again finds out whether somebody else
         changed it in between, but not afterwards.
         """
-        own = listed_as(manifest, subject)
+        own = listed_as(manifest, subject.digest)
         digest, answer = await self._put_manifest(manifest, own.media_type, None)
         if "OCI-Subject" not in answer.headers:
             async with self._attaching:

@@ -211,6 +211,30 @@ async def test_attaching_adds_no_entry_beside_a_nameless_image(tmp_path: Path) -
     await trio.run_process(["skopeo", "inspect", "--raw", f"oci:{tmp_path}/oci"], capture_stdout=True)
 
 
+async def test_artifacts_that_are_listed_beside_the_image_are_found(tmp_path: Path) -> None:
+    """As oras attaches and copies them: with their type, but no list of the image's referrers."""
+    digest = await make(tmp_path / "oci", "x")
+    async with opened(f"oci:{tmp_path}/oci") as source:
+        raw, media_type = await source.manifest("x")
+        subject = Descriptor(media_type, digest, len(raw))
+        other = subject._replace(digest=Digest("sha256:" + "1" * 64))
+        await source.push_blob(b"{}")
+        artifacts = [referrers.build_artifact(TYPE, [], one, {"of": one.digest}) for one in (subject, other)]
+        digests = [await source.push_manifest(one, documents.MEDIA_MANIFEST) for one in artifacts]
+        index = json.loads((tmp_path / "oci/index.json").read_bytes())
+        sizes = [*(len(one) for one in artifacts), 7]
+        for one, size in zip([*digests, "sha256:" + "2" * 64], sizes, strict=True):  # the last one is missing
+            entry = {"mediaType": documents.MEDIA_MANIFEST, "digest": one, "size": size, "artifactType": TYPE}
+            index["manifests"].append(entry)
+        (tmp_path / "oci/index.json").write_text(json.dumps(index))
+        [found] = await source.referrers(digest, TYPE)
+        assert (found.digest, found.annotations, found.artifact_type) == (digests[0], {"of": digest}, TYPE)
+        assert await source.referrers(digest, "application/vnd.other") == []
+        await check_image(source, "x")
+        await source.attach(subject, artifacts[0])  # now it is listed in both ways
+        assert [one.digest for one in await source.referrers(digest, TYPE)] == [digests[0]]
+
+
 async def test_wrong_places(tmp_path: Path) -> None:
     """No directory, no image in it."""
     with pytest.raises(UserError, match="cannot open"):

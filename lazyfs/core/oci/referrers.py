@@ -35,11 +35,11 @@ def is_referrers_tag(name: str) -> bool:
     return _REFERRERS_TAG.fullmatch(name) is not None
 
 
-def listed_as(manifest: bytes, subject: Descriptor) -> Descriptor:
-    """The entry of the artifact `manifest` in the list of `subject`'s referrers. ImageError if it refers to another."""
+def listed_as(manifest: bytes, subject_digest: str) -> Descriptor:
+    """The entry of the artifact `manifest` in the list of the subject's referrers. ImageError: it has another."""
     parsed = parse_manifest(manifest, MEDIA_MANIFEST)
-    if parsed.subject is None or parsed.subject.digest != subject.digest:
-        raise ImageError(f"the manifest to attach does not refer to {subject.digest}")
+    if parsed.subject is None or parsed.subject.digest != subject_digest:
+        raise ImageError(f"the artifact does not refer to {subject_digest}")
     digest = sha256_digest(manifest)
     return Descriptor(
         parsed.media_type, digest, len(manifest), parsed.annotations, artifact_type=parsed.artifact_type
