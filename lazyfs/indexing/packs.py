@@ -27,7 +27,7 @@ from lazyfs.core.starts.pack import (
     build_pack,
     parse_head,
 )
-from lazyfs.core.starts.profile import Profile, merge
+from lazyfs.core.starts.profile import Profile, includes, merge
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound
 from lazyfs.images.packs import BLOB, BYTES, REVISION, STARTS, FoundPack, listed_packs, load_head
 from lazyfs.images.resolve import Resolved
@@ -130,7 +130,7 @@ async def improve_pack(
                 break
             if not attempt:  # of those that a registry would not delete, the last ones tell of all starts
                 new = [one for one in new if one.found.revision == new[0].found.revision]
-            profile = merge([profile, *(one.profile for one in new)])
+            profile = merge([profile, *(one.profile for one in new if not includes(profile, one.profile))])
             await _bring(cache, new, profile)
             pack = await make_pack(cache, resolved.manifest_digest, profile, max_bytes)
             seen |= {one.found.artifact.digest for one in there}

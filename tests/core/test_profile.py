@@ -19,6 +19,7 @@ from lazyfs.core.starts.profile import (
     MAX_TOUCHES,
     Profile,
     Touch,
+    includes,
     layers_of,
     learn,
     merge,
@@ -215,6 +216,23 @@ def test_merging_does_not_depend_on_the_order_of_what_is_merged(
     assert Profile.decode(one.encode()) == one
     if sum(profile.starts for profile in some) <= MAX_STARTS:
         assert set(order(one)) == {key for profile in some for key in order(profile)}
+
+
+@given(profiles(), profiles())
+def test_a_merged_profile_includes_what_it_was_made_of(one: Profile, other: Profile) -> None:
+    both = merge([one, other])
+    if one.starts + other.starts <= MAX_STARTS:
+        assert includes(both, one) and includes(both, other) and not includes(one, both)
+    assert includes(one, one)
+
+
+def test_a_profile_of_other_starts_is_not_included() -> None:
+    known = Profile((A,), 2, (touch(1, starts=2), touch(2)))
+    assert includes(known, Profile((A,), 1, (touch(2), touch(1))))
+    assert not includes(known, Profile((A,), 1, (touch(1), touch(3))))
+    assert not includes(known, Profile((B,), 1, (touch(1),)))
+    assert not includes(known, Profile((A,), 2, (touch(1, starts=2), touch(2, starts=2))))
+    assert not includes(known, Profile((A,), 3, (touch(1, starts=2),)))
 
 
 def test_old_starts_are_forgotten_slowly() -> None:

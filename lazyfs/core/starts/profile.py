@@ -235,6 +235,15 @@ def learn(known: Profile | None, start: Profile, *, partial: bool = False) -> Pr
     return _joined([known, start._replace(touches=tuple(new))], known.starts)
 
 
+def includes(known: Profile, other: Profile) -> bool:
+    """Whether `known` tells of all starts that `other` tells of, as far as can be seen: of as many or more, in all and
+    of each block. Then it was made of `other`, or might as well have been, and to merge them would count them twice."""
+    counts = {_key(known, touch): touch.starts for touch in known.touches}
+    return known.starts >= other.starts and all(
+        counts.get(_key(other, touch), 0) >= touch.starts for touch in other.touches
+    )
+
+
 def _key(profile: Profile, touch: Touch) -> tuple[ContentRoot, int]:
     return profile.layers[touch.layer], touch.block
 
