@@ -15,7 +15,8 @@ Requests (control/requests.py: a record and a parser for each, control/replies.p
     {"op": "lease", "image", "access": {...}, "timeout_s", "push_index", "traced"}
         A lease of the image, until this connection ends. "access" is the record of sources/access.py. "push_index":
         the client makes a missing index itself, because it pushes it. "traced": if the image is not mounted yet, all of
-        its layers are read through the daemon, sealed ones, too.
+        its layers are read through the daemon, sealed ones, too, and what is read counts as a start if "profile" says
+        when that is over, and only then.
     {"op": "fuse_mount", "image", "access", "timeout_s", "push_index", "traced", "target", "allow_other", "exec"}
         The same, sent to a ``lazyfs.daemon.fuseworker`` process over the socket pair it is started with. It mounts at
         `target` itself and sends no descriptor.

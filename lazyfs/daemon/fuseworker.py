@@ -102,7 +102,7 @@ async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | 
             request.image, access, request.timeout_s, make_index=not request.push_index, play=True
         )
         if not isinstance(image, Missing) and access.learns:
-            image.begin_trace()
+            image.begin_trace(recorded=request.traced)
         try:
             yield image
         finally:

@@ -221,14 +221,14 @@ class Roots:
             raise
         root = Root(image, access, timeout_s, dev_of(mount_fd), direct)
         # Nothing leads from a mount to its entry in /sys/class/bdi, as those have numbers of their own, not st_dev. If
-        # more than one appeared meanwhile, read-ahead stays small.
+        # more than one appeared meanwhile, read-ahead stays small, as in a cold start, of which a trace shall tell.
         new = tuning.erofs_devices() - before
-        root.backing_device = new.pop() if len(new) == 1 else None
+        root.backing_device = new.pop() if len(new) == 1 and not traced else None
         root.widen_read_ahead()
         self._link.hold(root.held_as, mount_fd)
         self._roots[image.manifest_digest] = root
         if access.learns:
-            image.begin_trace(direct)
+            image.begin_trace(direct, recorded=traced)
         self._changed()
         return root
 

@@ -43,9 +43,12 @@ class Image:
         for device in self.layers:
             device.promise(self.manifest_digest, timeout_s)
 
-    def begin_trace(self, direct: frozenset[ContentRoot] = frozenset()) -> None:
-        """A root of it is made: what is read now is a start. `direct`: layers that the kernel reads by itself."""
-        self.traces.begin(self.manifest_digest, self.reference, self.namespace_path, self.layers, direct)
+    def begin_trace(self, direct: frozenset[ContentRoot] = frozenset(), *, recorded: bool = False) -> None:
+        """A root of it is made: what is read now is a start. `direct`: layers that the kernel reads by itself.
+        `recorded`: it is over when `end_trace` says so, and else does not count."""
+        self.traces.begin(
+            self.manifest_digest, self.reference, self.namespace_path, self.layers, direct, recorded=recorded
+        )
 
     async def end_trace(self) -> int:
         """The start is over; returns when what it touched is in the image's profile, and how many blocks that was."""

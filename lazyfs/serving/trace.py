@@ -54,6 +54,7 @@ class Trace:
         namespace_path: str,
         layers: Sequence[DataDevice],
         direct: frozenset[ContentRoot],
+        recorded: bool = False,
     ) -> None:
         self.image = image
         self.reference = reference
@@ -64,6 +65,7 @@ class Trace:
             device: layer << _BLOCK_BITS for layer, device in enumerate(layers) if device.content_root not in direct
         }
         self.partial = bool(direct)  # not all that the start touches is seen
+        self.recorded = recorded  # somebody will say when it is over; if nobody does, it does not count
         self.first: dict[int, float] = {}  # layer << 32 | block -> when it was touched first, monotonic
         self.begun_at: float | None = None  # trio time of the first touch
         self.grew_at = 0.0  # trio time of the last one
@@ -71,7 +73,7 @@ class Trace:
 
     def is_over(self, now: float) -> bool:
         """Whether the start seems to be over."""
-        if self.begun_at is None:
+        if self.begun_at is None or self.recorded:
             return False
         if any(device.waiting for device in self.seen):
             self.grew_at = now  # it is not quiet, it waits
@@ -98,11 +100,13 @@ class Traces:
         namespace_path: str,
         layers: Sequence[DataDevice],
         direct: frozenset[ContentRoot] = frozenset(),
+        *,
+        recorded: bool = False,
     ) -> None:
         """A root of an image is made. `layers`: in the order of the namespace's device table. `direct`: those that the
-        kernel reads by itself."""
+        kernel reads by itself. `recorded`: nothing but `end` ends the trace so that it is kept."""
         self.leave(image)
-        trace = Trace(image, reference, namespace_path, layers, direct)
+        trace = Trace(image, reference, namespace_path, layers, direct, recorded)
         for device in trace.seen:
             self._look_at(device)  # what was read before counts for others only
             if device.reads is None:
@@ -115,6 +119,8 @@ class Traces:
     async def end(self, image: Digest) -> int:
         """Ends the trace of an image, if it has one. Returns how many blocks were touched, once all of that is in the
         image's profile in the cache, if it can be written."""
+        if image in self._open:
+            self._open[image].recorded = False
         trace = self.leave(image)
         for one in [one for one in self._ending if one.image == image]:
             await one.kept.wait()
@@ -130,7 +136,7 @@ class Traces:
         del self._open[image]
         for device in trace.seen.keys() - {device for other in self._open.values() for device in other.seen}:
             device.reads = None
-        if trace.first:
+        if trace.first and not trace.recorded:
             self._ending.add(trace)
             self._nursery.start_soon(self._keep, trace)
         return trace

@@ -113,6 +113,27 @@ async def test_first_touches_are_kept_in_order_hits_and_misses(tmp_path: Path) -
         assert it.profile(it.one) == found
 
 
+async def test_a_recorded_start_is_over_when_somebody_says_so(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    async with opened(tmp_path) as it:
+        it.one.begin_trace(recorded=True)
+        await read(it.shared, 0)
+        mock_clock.autojump_threshold = 0
+        await trio.sleep(trace.LONGEST_S + trace.QUIET_S + 1)
+        mock_clock.autojump_threshold = math.inf
+        await read(it.shared, 4)
+        assert await it.one.end_trace() == 2
+        found = it.profile(it.one)
+        assert found is not None and found.starts == 1
+
+        it.one.begin_trace(recorded=True)
+        await read(it.shared, 5)
+        it.one.traces.leave(it.one.manifest_digest)  # unmounted: it failed, say
+        assert await it.one.end_trace() == 0
+        assert it.profile(it.one) == found
+
+
 async def test_a_read_touches_all_blocks_that_it_overlaps(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
         it.one.begin_trace()
