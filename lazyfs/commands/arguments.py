@@ -80,6 +80,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         description="Mounts container images at once and fetches only what is read.",
         epilog="""examples:
   lazyfs index registry.example/app:1 --push        once per image: makes mounting it fast everywhere
+  lazyfs record registry.example/app:1 --push       what a start needs, for the next ones everywhere
   lazyfs mount registry.example/app:1 /mnt          read-only root of the image
   lazyfs run --rm -it debian:12 bash                a container of it, by runc
   lazyfs umount /mnt
@@ -204,6 +205,60 @@ def _index(add: _Add) -> None:
     _about_an_image(index)
 
 
+def _record(add: _Add) -> None:
+    from lazyfs.commands.containers import add_record_arguments
+
+    record = add(
+        "record",
+        "record a start of an image, and attach what it needs as a startup pack",
+        "  lazyfs record --push registry.example/app:1                    runs its command to the end\n"
+        "  lazyfs record --push --until-http http://127.0.0.1:8080/ registry.example/web:1\n"
+        "  lazyfs record --push-to registry.example/indexes --until-line 'ready to accept' postgres:17\n"
+        "  lazyfs record --seconds 10 --output /srv/packs -e MODE=test oci:layout:app start-app --quick\n\n",
+        description="Runs a container of the image until it is ready, ends it, and makes a startup pack of all\n"
+        "that was read until then: at the next mounts that comes in a few large requests, beside the\n"
+        "index. What earlier starts on this host and the pack that is attached already tell is merged:\n"
+        "record each command that matters. The container is not changed, and nothing of it is kept.\n"
+        "What it writes goes to standard error.",
+        more="Without --push, --push-to and --output this host alone knows what the start needs.\n\n" + help_text(),
+    )
+    until = record.add_mutually_exclusive_group()
+    until.add_argument(
+        "--until-exit", action="store_true", help="it is ready when its command has ended well (default)"
+    )
+    until.add_argument("--until-line", metavar="TEXT", help="... when it writes a line with this text")
+    until.add_argument(
+        "--until-http",
+        metavar="URL",
+        help="... when this answers a GET with a status below 400; its network is this host's",
+    )
+    until.add_argument(
+        "--until-port", type=int, metavar="N", help="... when it takes connections at this TCP port"
+    )
+    until.add_argument("--seconds", type=float, metavar="N", help="... so many seconds after its start")
+    record.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="give up if it is not ready so long after its start (default: %(default)g)",
+    )
+    record.add_argument("--push", action="store_true", help="attach the pack to the image, in its registry")
+    record.add_argument(
+        "--push-to", metavar="REPO", help="attach it in an index repository (as index_repository= of mount)"
+    )
+    record.add_argument("--output", metavar="DIR", help="attach it in the layout DIR: an index repository, too")
+    record.add_argument(
+        "--max-pack",
+        type=size,
+        metavar="SIZE",
+        dest="max_pack_bytes",
+        help="the most that the pack may take: 50M (what is needed last is left out)",
+    )
+    _json(record)
+    add_record_arguments(record)
+
+
 def _inspect(add: _Add) -> None:
     inspect = add(
         "inspect",
@@ -309,6 +364,7 @@ _DEFINITIONS: dict[str, Callable[[_Add], None]] = {
     "bundle": _bundle,
     "run": _run,
     "index": _index,
+    "record": _record,
     "inspect": _inspect,
     "analyze": _analyze,
     "profile": _profile,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `lazyfs bundle`: IMAGE DIR [CMD...] and those that describe the container."""
     _add_container_arguments(parser)
+    _add_terminal(parser)
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("directory", metavar="DIR", help="made, or empty")
     _add_command(parser)
@@ -33,9 +34,21 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `lazyfs run`: IMAGE [CMD...] and those that describe the container."""
     _add_container_arguments(parser)
+    _add_terminal(parser)
     parser.add_argument("--rm", action="store_true", help="remove all that the container wrote when it ends")
     parser.add_argument("--name", help="of the container (default: a new one)")
     parser.add_argument("-i", "--interactive", action="store_true", help="it gets standard input, as it does with -t")
+    _add_image_and_command(parser)
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those arguments of `lazyfs record` that `lazyfs run` has, too."""
+    _add_container_arguments(parser)
+    _add_image_and_command(parser)
+    parser.set_defaults(tty=False)
+
+
+def _add_image_and_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-timeout",
         type=float,
@@ -52,8 +65,11 @@ def _add_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("command", metavar="CMD", nargs=remainder, help="instead of the image's command")
 
 
-def _add_container_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_terminal(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--tty", action="store_true", help="the container gets a terminal")
+
+
+def _add_container_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-e", "--env", action="append", default=[], metavar="NAME[=VALUE]")
     parser.add_argument(
         "-v", "--volume", action="append", default=[], metavar="SOURCE:DIR[:OPTIONS]", help="a bind mount"

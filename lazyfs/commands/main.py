@@ -139,6 +139,12 @@ def _index(args: argparse.Namespace) -> int:
     return int(index(args))
 
 
+def _record(args: argparse.Namespace) -> int:
+    from lazyfs.commands.record import record
+
+    return record(args)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from lazyfs.commands.inspect import inspect
 
@@ -197,6 +203,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "mount": _mount,
     "umount": _umount,
     "index": _index,
+    "record": _record,
     "inspect": _inspect,
     "analyze": _analyze,
     "profile": _profile,

@@ -139,6 +139,19 @@ def _clean_up(runc: Runc, claim: Claim, roots: RootProvider, keep: bool, say: Ca
         say(f"the container's files are kept in {claim.directory}; remove them with: rm -r {claim.directory}")
 
 
+def remove(name: str, store: ContainerStore, roots: RootProvider) -> None:
+    """Ends the container of a process that was killed, and deletes it with all that it wrote. No error if there is no
+    such container. Raises HostError."""
+    runc = Runc(_runc_state())
+    directory = os.path.join(store.directory, checked_name(name))
+    runc.delete(name)
+    runc.kill_bundle(directory)  # it may have been about to make the container
+    runc.delete(name)
+    roots.detach(os.path.join(directory, "rootfs"))
+    if os.path.exists(directory):
+        store.remove(name)
+
+
 def _runc_state() -> str:
     """runc's own default where it has one, so that plain `runc list` and `runc exec` know our containers."""
     if os.geteuid() == 0:

@@ -16,7 +16,7 @@ import time
 from lazyfs.core import lightjson
 from lazyfs.errors import HostError
 from lazyfs.records import NamedTuple
-from lazyfs.system.process import find_program
+from lazyfs.system.process import find_program, process_fds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -196,6 +196,17 @@ class Runc:
         reason = self._call("delete", "--force", name)
         if reason:
             raise HostError(f"cannot delete the container {name}: {reason}", f"runc delete --force {name}")
+
+    def kill_bundle(self, bundle: str) -> None:
+        """Ends a runc that still runs a bundle, because the process that started it was killed."""
+        import select
+
+        for process_fd in process_fds("--bundle", bundle):
+            try:
+                signal.pidfd_send_signal(process_fd, signal.SIGKILL)
+                select.select([process_fd], [], [], _COMMAND_S)
+            finally:
+                os.close(process_fd)
 
     def _command(self, *arguments: str) -> list[str]:
         return [self._program, "--root", self._root, *arguments]

@@ -12,6 +12,7 @@ import time
 
 from lazyfs.control import client, rundir
 from lazyfs.errors import HostError, LazyfsError
+from lazyfs.system.process import process_fds
 
 _END_S = 10.0
 
@@ -19,31 +20,18 @@ _END_S = 10.0
 def end_daemon(runtime: str) -> None:
     """Ends the processes of lazyfs that have this runtime directory, and removes it. Nothing may be mounted by them any
     more. Returns when they have ended. Raises HostError: they do not end. No error if there are none."""
-    process_fds = _processes_of(runtime)
+    running_fds = process_fds("--runtime", runtime)
     with contextlib.suppress(LazyfsError):  # it has ended, or there are fuse processes only, which end by themselves
         client.ask_once(rundir.control_socket(runtime), {"op": "stop"}, _END_S)
     deadline_s = time.monotonic() + _END_S
     try:
-        for process_fd in process_fds:
+        for process_fd in running_fds:
             if not select.select([process_fd], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
                 raise HostError(
                     f"a daemon does not end after {_END_S:g} s: something may still be mounted",
                     f"see lazyfs ls, and {rundir.log_file(runtime)}",
                 )
     finally:
-        for process_fd in process_fds:
+        for process_fd in running_fds:
             os.close(process_fd)
     shutil.rmtree(runtime, ignore_errors=True)
-
-
-def _processes_of(runtime: str) -> list[int]:
-    """Descriptors of the processes that were started for a runtime directory, each readable when it has ended. Found by
-    their command lines, because one that is ending no longer listens."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has just ended
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                words = file.read().split(b"\0")
-            if os.fsencode(runtime) in words and any(word.startswith(b"lazyfs.") for word in words):
-                found.append(os.pidfd_open(int(pid)))
-    return found

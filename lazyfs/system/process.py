@@ -26,6 +26,21 @@ def find_program(name: str, path: str | None = None, *, also: str = "") -> str |
     return None
 
 
+def process_fds(*words: str) -> list[int]:
+    """Descriptors of the processes that have all these words on their command lines, each readable once its process has
+    ended; the caller closes them. They are found even if they are ending, and listen to nobody."""
+    wanted = {os.fsencode(word) for word in words}
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if wanted.issubset(file.read().split(b"\0")):
+                    found.append(os.pidfd_open(int(pid)))
+        except OSError:  # it has just ended
+            pass
+    return found
+
+
 def python_command(module: str, *arguments: str) -> list[str]:
     """``python -P -S -m module``. -P: imports nothing from the current directory. -S: skips site, since `environment`
     says where modules are (5 ms of a start)."""
