@@ -62,10 +62,11 @@ def page_align(size_bytes: int) -> int:
 class BlockTable:
     """Read-only view of a block table in any buffer (bytes or a memory map), checked when opened.
 
-    Raises ImageError if any record is out of order, overlaps, or points outside device or tar.
+    Raises ImageError if any record is out of order, overlaps, or points outside device or tar. `was_checked`: the
+    caller finds out, by the content root, whether these bytes were checked before; then the records are not.
     """
 
-    def __init__(self, buffer: bytes | memoryview | mmap) -> None:
+    def __init__(self, buffer: bytes | memoryview | mmap, *, was_checked: bool = False) -> None:
         view = memoryview(buffer).cast("B")
         if len(view) < _HEADER.size:
             raise ImageError("block table is cut short")
@@ -86,7 +87,8 @@ class BlockTable:
         self.lengths = view[at : at + 4 * count].cast("I")
         at += 4 * count
         self._digests = view[at:]
-        self._check()
+        if not was_checked:
+            self._check()
 
     def _check(self) -> None:
         if (
