@@ -9,6 +9,7 @@ import trio
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.index import imageindex, v1
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import Reference
 from lazyfs.core.starts.pack import PACK_ARTIFACT_TYPE
@@ -58,7 +59,7 @@ class Attached:
                 await close_source(source)
 
 
-async def _referrers(source: Source, manifest_digest: str) -> list[Descriptor]:
+async def _referrers(source: Source, manifest_digest: Digest) -> list[Descriptor]:
     try:
         return await source.referrers(manifest_digest, *ARTIFACT_TYPES)
     except RemoteError as error:

@@ -48,7 +48,7 @@ class FoundLayer:
 
     head: LayerHead | v1.LayerV1
     kept: KeptLayerIndex | images.WindowGroups
-    windows_digest: str  # of the blob at `Found.source` that `head.windows` are ranges of; empty: not there
+    windows_digest: Digest | None  # of the blob at `Found.source` that `head.windows` are ranges of; None: not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,7 @@ class _Finder:
         for number, (head, kept) in heads.items():
             if head.windows and place is None and not kept.is_whole:
                 raise ImageError("windows of it were evicted")
-            layers[number] = FoundLayer(head, kept, "" if place is None else index.parts[number].index_digest)
+            layers[number] = FoundLayer(head, kept, None if place is None else index.parts[number].index_digest)
         return Found(index, namespace, layers, source, place, artifact_digest)
 
     async def _opened_v1(self, blob: bytes, windows_digest: str, artifact_digest: str = "") -> Found:
@@ -298,7 +298,7 @@ class _Finder:
             head = index.layer(number)
             if head.windows and not is_digest(windows_digest):
                 raise ImageError("the index lacks the windows its spans need")
-            layers[number] = FoundLayer(head, kept, windows_digest)
+            layers[number] = FoundLayer(head, kept, Digest(windows_digest) if head.windows else None)
         return Found(index, namespace, layers, self._resolved.source, "", artifact_digest)
 
     async def _namespace(self, index: ImageIndex | v1.IndexV1) -> Metadata:

@@ -12,6 +12,7 @@ from lazyfs.core.index.windows import WindowGroup
 from lazyfs.core.layer.deflate import WINDOW_BYTES
 from lazyfs.core.layer.plan import Cost
 from lazyfs.core.layer.spans import WINDOWS_PER_GROUP
+from lazyfs.core.oci.digests import Digest
 from lazyfs.errors import ImageError
 from lazyfs.sources.source import Source
 
@@ -35,7 +36,7 @@ class Windows:
         self,
         groups: tuple[WindowGroup, ...],
         kept: KeptGroups,
-        remote: tuple[Source, str] | None,
+        remote: tuple[Source, Digest] | None,
     ) -> None:
         """`remote`: source and digest of the blob in which the groups lie."""
         self._groups = groups

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import trio
 
-from lazyfs.core.oci.digests import DigestCheck, digest_matches
+from lazyfs.core.oci.digests import Digest, DigestCheck, digest_matches
 from lazyfs.core.retries import MAX_RESOLVES
 from lazyfs.errors import ImageError, NotFound, RemoteError
 from lazyfs.sources.http import Begin, BodyTooLarge, HttpClient, Response, StreamResponse
@@ -81,7 +81,7 @@ def _failed(locator: Locator, status: int) -> RemoteError | NotFound:
     return RemoteError(message, "report this to the server's operator", temporary=False)
 
 
-async def fetch_blob(http: HttpClient, locator: Locator, digest: str, size_bytes: int) -> bytes:
+async def fetch_blob(http: HttpClient, locator: Locator, digest: Digest, size_bytes: int) -> bytes:
     """The whole blob. RemoteError or NotFound if it cannot be had, ImageError if it is not what its digest says."""
     for _ in range(2):  # a byte flipped on the way is gone the second time, a wrong blob is not
         try:
@@ -142,7 +142,7 @@ def _asking_for(start: int, end: int) -> dict[str, str]:
 
 
 async def fetch_range(
-    http: HttpClient, locator: Locator, digest: str, start: int, end: int, take: Take | None = None
+    http: HttpClient, locator: Locator, digest: Digest, start: int, end: int, take: Take | None = None
 ) -> bytes:
     """Exactly the bytes [start, end) of the blob, given to `take` if there is one, as they come, and else returned.
     RemoteError or NotFound if they cannot be had."""
@@ -215,7 +215,7 @@ async def _get(
 
 @asynccontextmanager
 async def open_blob_stream(
-    http: HttpClient, locator: Locator, digest: str, size_bytes: int
+    http: HttpClient, locator: Locator, digest: Digest, size_bytes: int
 ) -> AsyncIterator[AsyncIterator[bytes]]:
     """The whole blob in order, in pieces of at most STREAM_CHUNK_BYTES.
 
@@ -230,7 +230,7 @@ async def open_blob_stream(
 
 
 async def _pieces(
-    http: HttpClient, locator: Locator, digest: str, size_bytes: int
+    http: HttpClient, locator: Locator, digest: Digest, size_bytes: int
 ) -> AsyncGenerator[bytes, None]:
     check = DigestCheck(digest)
     position, failures, failed_at = 0, 0, 0

@@ -40,7 +40,7 @@ class Layout(abc.ABC):
         """The file `name` below the layout; NotFound if there is none."""
 
     @abc.abstractmethod
-    async def blob(self, digest: str, size_bytes: int) -> bytes:
+    async def blob(self, digest: Digest, size_bytes: int) -> bytes:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
 
     async def manifest(self, reference: str) -> tuple[bytes, str]:
@@ -85,7 +85,7 @@ class Layout(abc.ABC):
             raise ImageError(f"{self.what}: the manifest {digest} does not match its digest")
         return raw, documents.parse_manifest(raw, "").media_type
 
-    async def referrers(self, subject_digest: str, *artifact_types: str) -> list[Descriptor]:
+    async def referrers(self, subject_digest: Digest, *artifact_types: str) -> list[Descriptor]:
         """What was attached to a manifest, of these artifact types."""
         raw = await self._referrers_index(referrers.referrers_tag(subject_digest))
         index = None if raw is None else documents.parse_manifest(raw, documents.MEDIA_INDEX)
@@ -147,14 +147,14 @@ class DirectoryLayout(Layout):
     async def _document(self, name: str, max_bytes: int) -> bytes:
         return await self._read(name, 0, None, max_bytes)
 
-    async def blob(self, digest: str, size_bytes: int) -> bytes:
+    async def blob(self, digest: Digest, size_bytes: int) -> bytes:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
         data = await self._read(blob_name(digest), 0, None, size_bytes)
         if len(data) != size_bytes or not await trio.to_thread.run_sync(digests.digest_matches, data, digest):
             raise ImageError(f"{self.what}: blob {digest} does not match its size and digest")
         return data
 
-    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified. ImageError if it is shorter."""
         if not 0 <= start <= end:
             raise ValueError(f"bad range {start}-{end}")
@@ -165,7 +165,7 @@ class DirectoryLayout(Layout):
         return b""
 
     @asynccontextmanager
-    async def blob_stream(self, digest: str, size_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def blob_stream(self, digest: Digest, size_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:
         """The whole blob in order; ImageError at the end if size or digest are wrong."""
         pieces = self._pieces(digest, size_bytes)
         try:
@@ -173,7 +173,7 @@ class DirectoryLayout(Layout):
         finally:
             await pieces.aclose()
 
-    async def _pieces(self, digest: str, size_bytes: int) -> AsyncGenerator[bytes, None]:
+    async def _pieces(self, digest: Digest, size_bytes: int) -> AsyncGenerator[bytes, None]:
         check = DigestCheck(digest)
         for start in range(0, size_bytes, READ_CHUNK_BYTES):
             piece = await self.blob_range(digest, start, min(start + READ_CHUNK_BYTES, size_bytes))
@@ -257,6 +257,6 @@ def referrers_file(tag: str) -> str:
     return f"referrers/{tag}"
 
 
-def blob_name(digest: str) -> str:
+def blob_name(digest: Digest) -> str:
     algorithm, value = digests.parse_digest(digest)
     return f"blobs/{algorithm}/{value}"

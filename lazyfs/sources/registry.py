@@ -71,19 +71,19 @@ class Registry:
                 return answer.body, answer.headers.get("Content-Type", "").partition(";")[0].strip()
         raise ImageError(f"{what}: the manifest does not match its digest", "the registry's copy is damaged")
 
-    async def blob(self, digest: str, size_bytes: int) -> bytes:
+    async def blob(self, digest: Digest, size_bytes: int) -> bytes:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
         return await fetch_blob(self._http, _Place(self._api, self._places, digest), digest, size_bytes)
 
-    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
         """Exactly the bytes [start, end) of a blob. Not verified: the caller knows its blocks' hashes."""
         return await fetch_range(self._http, _Place(self._api, self._places, digest), digest, start, end, take)
 
-    def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    def blob_stream(self, digest: Digest, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""
         return open_blob_stream(self._http, _Place(self._api, self._places, digest), digest, size_bytes)
 
-    async def referrers(self, subject_digest: str, *artifact_types: str) -> list[Descriptor]:
+    async def referrers(self, subject_digest: Digest, *artifact_types: str) -> list[Descriptor]:
         """What was attached to a manifest, of these artifact types, from the referrers API and the fallback tag.
 
         Both are asked at the same time: many registries know only one. RemoteError only if neither answers.
@@ -107,7 +107,7 @@ class Registry:
             raise errors[0]
         return list({d.digest: d for answer in answers for d in answer}.values())
 
-    async def _from_api(self, subject_digest: str, artifact_types: Sequence[str]) -> list[Descriptor]:
+    async def _from_api(self, subject_digest: Digest, artifact_types: Sequence[str]) -> list[Descriptor]:
         """One question for all types, if what is attached fits into one answer; else one for each, as the registry may
         then leave out the rest."""
         path = f"referrers/{subject_digest}"
@@ -257,7 +257,7 @@ class Registry:
 class _Place:
     """Where a blob is (blobs.Locator): at the API, or where the API redirected last time, according to `places`."""
 
-    def __init__(self, api: RegistryApi, places: dict[str, str], digest: str) -> None:
+    def __init__(self, api: RegistryApi, places: dict[str, str], digest: Digest) -> None:
         digests.parse_digest(digest)
         self.what = f"blob {digest} of {api.name}"
         self._api = api

@@ -31,17 +31,17 @@ class Source(Protocol):
     async def manifest(self, reference: str) -> tuple[bytes, str]:
         """Tag or digest -> bytes as stored (at most 4 MiB), media type; verified if asked for by digest."""
 
-    async def blob(self, digest: str, size_bytes: int) -> bytes:
+    async def blob(self, digest: Digest, size_bytes: int) -> bytes:
         """The whole blob in memory, size and digest verified. The caller caps the size."""
 
-    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified; ImageError if it is shorter. With `take` they are
         given to that as they come, and nothing is returned."""
 
-    def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    def blob_stream(self, digest: Digest, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order in pieces of at most 1 MiB; verified after the last piece (ImageError)."""
 
-    async def referrers(self, subject_digest: str, *artifact_types: str) -> list[Descriptor]:
+    async def referrers(self, subject_digest: Digest, *artifact_types: str) -> list[Descriptor]:
         """What was attached to a manifest, of these artifact types; nothing if there is no such manifest."""
 
     async def push_blob(self, data: bytes) -> Digest:

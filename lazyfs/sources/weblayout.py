@@ -39,19 +39,19 @@ class WebLayout(Layout):
             raise RemoteError(message, hint, temporary=False)
         return answer.body
 
-    async def blob(self, digest: str, size_bytes: int) -> bytes:
+    async def blob(self, digest: Digest, size_bytes: int) -> bytes:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
         from lazyfs.sources.blobs import fetch_blob
 
         return await fetch_blob(self._http, _WebPlace(self, digest), digest, size_bytes)
 
-    async def blob_range(self, digest: str, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified."""
         from lazyfs.sources.blobs import fetch_range
 
         return await fetch_range(self._http, _WebPlace(self, digest), digest, start, end, take)
 
-    def blob_stream(self, digest: str, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    def blob_stream(self, digest: Digest, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""
         from lazyfs.sources.blobs import open_blob_stream
 
@@ -80,7 +80,7 @@ class WebLayout(Layout):
 class _WebPlace:
     """Where a blob of a web layout is (blobs.Locator)."""
 
-    def __init__(self, layout: WebLayout, digest: str) -> None:
+    def __init__(self, layout: WebLayout, digest: Digest) -> None:
         self.what = f"blob {digest} of {layout.what}"
         self._url = f"{layout._url}/{blob_name(digest)}"
 

@@ -20,6 +20,7 @@ from lazyfs.core.erofs.reader import ErofsReader
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.layer.spans import Compression, SpanTable
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError, LazyfsError
@@ -136,7 +137,7 @@ class Recut:
         return getattr(self._source, name)
 
     @asynccontextmanager
-    async def blob_stream(self, digest: str, size_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def blob_stream(self, digest: Digest, size_bytes: int) -> AsyncIterator[AsyncIterator[bytes]]:
         async with self._source.blob_stream(digest, size_bytes) as chunks:
             yield self._pieces(chunks)
 

@@ -173,7 +173,7 @@ class Rig:
         kept, fetcher = source.stored, self.handle.fetcher
         directory = os.path.join(self.handle.layer.path, str(len(self.sources)))
         os.mkdir(directory)
-        windows = Windows(kept.groups, WindowGroups(directory), (cast(Source, source), "windows"))
+        windows = Windows(kept.groups, WindowGroups(directory), (cast(Source, source), Digest("windows")))
         blob = Blob(cast(Source, source), Digest(digest), spans or kept.spans, windows, timeout_s, self.cost)
         self.sources.append(SpanSource(blob, fetcher.fragments, trio.CapacityLimiter(2), fetcher.sources))
         self.dispatchers.append(Dispatcher(self.nursery))

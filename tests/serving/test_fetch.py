@@ -23,6 +23,7 @@ from lazyfs.cache.images import WindowGroups
 from lazyfs.core.index.windows import WindowGroup, pack_windows
 from lazyfs.core.layer.plan import Cost, spans_for_block
 from lazyfs.core.layer.spans import Compression, SpanTable, encode_points
+from lazyfs.core.oci.digests import Digest
 from lazyfs.decoding.span import SpanDecoder
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.serving.dispatch import Reader
@@ -214,16 +215,16 @@ async def test_damaged_windows_in_the_cache_are_fetched_again(tmp_path: Path) ->
     source = FakeSource(kept)
     if not kept.groups:
         raise AssertionError("the layer needs windows for this test")
-    windows = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
+    windows = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), Digest("windows")))
     first = await windows.get(0, Cost())
     (tmp_path / "0").write_bytes(b"rotten")
-    fresh = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
+    fresh = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), Digest("windows")))
     assert await fresh.get(0, Cost()) == first
     # It was put right on disk.
     assert await Windows(kept.groups, WindowGroups(str(tmp_path)), None).get(0, Cost()) == first
     (forged,) = pack_windows([b"another"])
     (tmp_path / "0").write_bytes(forged.ljust(kept.groups[0].length, b"\0"))
-    again = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), "windows"))
+    again = Windows(kept.groups, WindowGroups(str(tmp_path)), (cast(Source, source), Digest("windows")))
     assert await again.get(0, Cost()) == first
     with pytest.raises(ImageError):
         await fresh.get(10_000, Cost())
@@ -236,7 +237,7 @@ async def test_windows_of_another_registry_are_not_used(tmp_path: Path) -> None:
     must not harm this one."""
     (forged,) = pack_windows([b"another"])
     lying = FakeSource(dataclasses.replace(stored("gzip"), windows=forged))
-    remote = (cast(Source, lying), "windows")
+    remote = (cast(Source, lying), Digest("windows"))
     asked = WindowGroup(0, len(forged), stored("gzip").groups[0].sha256)
     with pytest.raises(ImageError, match="digest"):
         await Windows((asked,), WindowGroups(str(tmp_path)), remote).get(0, Cost())

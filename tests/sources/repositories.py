@@ -12,6 +12,7 @@ from pathlib import Path
 
 import trio
 
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.reference import RegistryReference, parse_reference
 from lazyfs.sources.connections import Connections
 from lazyfs.sources.failures import RetryPolicy
@@ -58,7 +59,7 @@ def login(tmp_path: Path, host: str, user: str, password: str) -> list[str]:
     return [str(path)]
 
 
-async def read_stream(source: Source, digest: str, size_bytes: int) -> bytes:
+async def read_stream(source: Source, digest: Digest, size_bytes: int) -> bytes:
     """The whole of a blob stream."""
     async with source.blob_stream(digest, size_bytes) as pieces:
         return b"".join([piece async for piece in pieces])

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lazyfs.core.oci.digests import parse_digest, sha256_digest
+from lazyfs.core.oci.digests import Digest, parse_digest, sha256_digest
 from lazyfs.core.oci.documents import (
     MEDIA_EMPTY,
     MEDIA_INDEX,
@@ -24,7 +24,7 @@ from lazyfs.errors import ImageError
 _REFERRERS_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 
 
-def referrers_tag(subject_digest: str) -> str:
+def referrers_tag(subject_digest: Digest) -> str:
     """The tag of the index that lists what refers to a manifest. ImageError: not a digest."""
     algorithm, value = parse_digest(subject_digest)
     return f"{algorithm}-{value[:64]}"  # a tag has at most 128 characters, so the specification cuts sha512
