@@ -28,8 +28,9 @@ find = query.lazyfs_mount
 
 def umount(target: str, *, lazy: bool = False, wait: bool = False, wait_s: float = WAIT_S) -> None:
     """Unmounts the lazyfs mount at `target`. `lazy`: detaches it now; it ends when its last user goes. `wait`: returns
-    only when the process behind it has let go of it (and of an ephemeral upper directory), at most `wait_s` later.
-    Raises UserError, Busy, HostError."""
+    only when the process behind it has let go of it (and of an ephemeral upper directory), at most `wait_s` later; at
+    once if the image has further mounts like this one here, which the process does not tell apart. Raises UserError,
+    Busy, HostError."""
     entry = query.required_mount(target)
     served = query.daemon_of(entry.dev) if wait else None
     process_fd = _process_of(served) if served is not None and entry.fstype == "fuse.lazyfs" else None
@@ -74,7 +75,8 @@ def _process_of(served: query.DaemonReply | None) -> int | None:
 
 
 def _is_listed(served: query.DaemonReply | None, dev: tuple[int, int]) -> bool:
-    if served is None:
+    """Whether a daemon lists a mount that is not here any more."""
+    if served is None or any(entry.dev == dev for entry in mounts()):
         return False
     try:
         listing = client.ask_once(served.socket_path, {"op": "list"}, query.ANSWER_S)

@@ -78,6 +78,17 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def state_file(keeper: int) -> Path:
+    """What the worker tells its successor, in the memory of the keeper. Waits while a new state replaces another."""
+    held = Path(f"/proc/{keeper}/fd")
+
+    def look() -> list[int]:
+        found = [one for one in os.listdir(held) if os.readlink(held / one).startswith("/memfd:lazyfs-state")]
+        return [int(one) for one in found] if len(found) == 1 else []
+
+    return held / str(wait_for(look, "a state")[0])
+
+
 def status(pid: int, key: str) -> int:
     """A number of /proc/PID/status: "Threads", "VmRSS" and "VmHWM" in KiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

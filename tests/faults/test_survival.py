@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ from lazyfs.control import rundir
 from tests.conftest import ROOT, Lazyfs, unmount
 from tests.faults.conftest import Mount
 from tests.faults.load import lose_blocks, readers, write_truth
-from tests.faults.processes import fuse_processes, keepers, kill, the_worker, wait_for, wait_for_successor
+from tests.faults.processes import fuse_processes, keepers, kill, state_file, the_worker, wait_for, wait_for_successor
 from tests.faults.world import GRACE_S, World, assert_io_error, assert_right, read
 from tests.servers import FaultProxy, Rule
 
@@ -103,6 +104,33 @@ def test_a_successor_without_its_index_gets_it_again(
     assert_io_error(target / "l1/large", 2 + GRACE_S)
     proxy.upstream = upstream
     assert_right(world, target, "l0/large", "l1/large", "bulk/1")
+
+
+def test_a_successor_takes_up_what_the_version_before_served(
+    world: World, proxy: FaultProxy, mount: Mount, cache: Path, lazyfs: Lazyfs
+) -> None:
+    """As when lazyfs was upgraded between the two: their state has another form."""
+    target = mount(world.image(proxy.host), "backend=kernel", "timeout=5")
+    assert_right(world, target, "l0/large")
+    worker = the_worker(cache)
+    state = state_file(keepers(cache)[0])
+    left = json.loads(state.read_text())
+    for entry in (*left["roots"], *left["released"]):
+        access = entry.pop("access")
+        how = {name: access[name] for name in "offline insecure platform ca_files auth_files".split()}  # noqa: SIM905
+        entry["options"] = {**how, "timeout_s": entry.pop("timeout_s"), "push_index": False}
+        entry["home"] = access["environ"]
+        entry.pop("holds", None)
+    state.write_text(json.dumps({"roots": left["roots"], "released": left["released"]}))
+    kill(worker)
+    assert_right(world, target, "l0/large", "l1/large")  # of the latter nothing was cached
+    mounted = [one for found in json.loads(lazyfs("ls", "--json").stdout) for one in found.get("mounts", [])]
+    assert str(target) in [one["target"] for entry in mounted for one in entry["targets"]]
+    second = mount(world.image(proxy.host), "backend=kernel", "timeout=5")
+    assert_right(world, second, "l2/large")
+    assert json.loads(state_file(keepers(cache)[0]).read_text())["roots"][0]["access"]
+    for place in (target, second):
+        lazyfs("umount", "--wait", place)
 
 
 def test_without_its_keeper_a_worker_goes_on(
