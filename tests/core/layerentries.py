@@ -9,6 +9,16 @@ from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.reader import TarEntry
 from lazyfs.core.tar.tree import LayerEntry, Node, flatten
 
+# By the type in st_mode (inode(7)).
+KINDS = {
+    0o100000: Kind.FILE,
+    0o040000: Kind.DIR,
+    0o020000: Kind.CHR,
+    0o060000: Kind.BLK,
+    0o010000: Kind.FIFO,
+    0o120000: Kind.SYMLINK,
+}
+
 
 def entry(path: str, kind: Kind, target: str = "", *, size: int = 0, **changes: Any) -> LayerEntry:
     mode = 0o755 if kind is Kind.DIR else 0o644

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lazyfs.core.tar import reader
 from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError
+from tests.core.layerentries import KINDS
 from tests.tarblocks import END, Member, contents, header, member, read
 
 # --- against GNU tar ---------------------------------------------------------------------------------------
@@ -48,16 +49,6 @@ def gnu_tar(root: Path, *options: str) -> bytes:
     ).stdout
 
 
-_KINDS = {
-    0o100000: Kind.FILE,
-    0o040000: Kind.DIR,
-    0o020000: Kind.CHR,
-    0o060000: Kind.BLK,
-    0o010000: Kind.FIFO,
-    0o120000: Kind.SYMLINK,
-}
-
-
 def check_against_disk(root: Path, data: bytes, *, nanoseconds: bool = False) -> list[Member]:
     """Every entry says what lstat(2) and the content say."""
     members = read(data)
@@ -70,7 +61,7 @@ def check_against_disk(root: Path, data: bytes, *, nanoseconds: bool = False) ->
         if entry.kind is Kind.HARDLINK:
             assert os.lstat(os.path.join(bytes(root), entry.target)).st_ino == stat.st_ino
             continue
-        assert entry.kind is _KINDS[stat.st_mode & 0o170000]
+        assert entry.kind is KINDS[stat.st_mode & 0o170000]
         assert entry.mode == stat.st_mode & 0o7777
         assert (entry.uid, entry.gid) == (stat.st_uid, stat.st_gid)
         time_ns = entry.mtime_s * 1_000_000_000 + entry.mtime_ns

@@ -22,8 +22,8 @@ from lazyfs.images.resolve import Resolved, resolve
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.indexing.publish import attach_index, push_index, write_layout
 from lazyfs.serving.image import Image
-from lazyfs.sources.access import Access
 from tests.indexing.localimages import (
+    OFFLINE,
     big_layer,
     image_store,
     indexed,
@@ -35,8 +35,6 @@ from tests.indexing.localimages import (
 from tests.indexing.test_indexer import from_tar, read_files
 from tests.layout import push
 from tests.servers import RegistryServer
-
-OFFLINE = Access(platform="linux/amd64", pull="never")
 
 
 @pytest.fixture

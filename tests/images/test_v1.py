@@ -21,10 +21,8 @@ from lazyfs.indexing.publish import push_index
 from lazyfs.indexing.small import make_index
 from lazyfs.sources.access import Access
 from tests.images import v1image
-from tests.indexing.localimages import image_store, indexed, opened, resolved
+from tests.indexing.localimages import OFFLINE, image_store, indexed, opened, resolved
 from tests.indexing.test_indexer import read_files
-
-OFFLINE = Access(platform="linux/amd64", pull="never")
 
 
 def kept(cache: CacheDirectory, pattern: str) -> list[Path]:

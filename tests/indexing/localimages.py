@@ -27,6 +27,7 @@ from tests.layertar import LayerTar
 from tests.layout import GZIP, Layout
 
 OPTIONS = Access(platform="linux/amd64")
+OFFLINE = OPTIONS._replace(pull="never")
 
 
 def noise(size: int, seed: int = 1) -> bytes:

@@ -24,6 +24,7 @@ from lazyfs.indexing.small import make_index
 from lazyfs.sources.access import Access
 from tests.faultproxy import FaultProxy
 from tests.indexing.localimages import (
+    OFFLINE,
     big_layer,
     image_store,
     indexed,
@@ -37,8 +38,6 @@ from tests.indexing.test_indexer import from_tar, read_files
 from tests.layertar import LayerTar
 from tests.layout import Layout, push
 from tests.servers import RegistryServer
-
-OFFLINE = Access(platform="linux/amd64", pull="never")
 
 
 @pytest.fixture

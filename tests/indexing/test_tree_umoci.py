@@ -17,17 +17,10 @@ from lazyfs.core.tar.kinds import Kind
 from lazyfs.core.tar.reader import TarEntry, TarReader
 from lazyfs.core.tar.tree import LayerEntry, Node, flatten
 from lazyfs.errors import ImageError
+from tests.core.layerentries import KINDS
 from tests.layertar import EXAMPLE_ACL, LayerTar, capability
 from tests.layout import PLAIN, Layout
 
-_TYPES = {
-    0o100000: Kind.FILE,
-    0o040000: Kind.DIR,
-    0o020000: Kind.CHR,
-    0o060000: Kind.BLK,
-    0o010000: Kind.FIFO,
-    0o120000: Kind.SYMLINK,
-}
 IMAGES = 80
 Seen = dict[bytes, dict[str, Any]]
 
@@ -57,7 +50,7 @@ def on_disk(root: Path) -> Seen:
         for name in ([b"."] if folder == top else []) + directories + files:
             path = os.path.normpath(os.path.join(folder, name))
             stat = os.lstat(path)
-            kind = _TYPES[stat.st_mode & 0o170000]
+            kind = KINDS[stat.st_mode & 0o170000]
             relative = os.path.relpath(path, top)
             facts: dict[str, Any] = {
                 "kind": kind,

@@ -7,16 +7,13 @@ and its span records. The windows are in a second blob (docs/FORMATS.md, "Versio
 from __future__ import annotations
 
 import hashlib
-import struct
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lazyfs.core.index.record import MAX_BLOB_BYTES, MAX_LAYERS, LayerRecord
 from lazyfs.core.index.sections import MAX_STORED_BYTES, Sections, number, sha256_hex, text
 from lazyfs.core.index.windows import MAX_GROUP_BYTES, WindowGroup
-from lazyfs.core.layer.blocks import MAX_BLOCKS, MAX_TAR_BYTES
+from lazyfs.core.layer.blocks import MAX_TAR_BYTES, unpack_table
 from lazyfs.core.layer.spans import Compression
 from lazyfs.core.oci.digests import ContentRoot, DiffId, Digest
 from lazyfs.errors import ImageError
@@ -28,8 +25,6 @@ MAX_INDEX_BYTES = MAX_STORED_BYTES
 
 _MAGIC = b"LZFSIDX1"
 _HINT = "update lazyfs, or index the image again"
-_TABLE_HEADER = struct.Struct("<8sQQQ")
-_RECORD_BYTES = 8 + 8 + 4 + 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +78,8 @@ class IndexV1:
 
     def table(self, layer: int) -> bytes:
         """The block table of layer number `layer`, which has that layer's content root."""
-        table = _unpack_table(self._sections.section(1 + 2 * layer))
+        # Packed then were the gaps behind the block before, not behind the next page.
+        table = unpack_table(self._sections.section(1 + 2 * layer), page_bytes=1, tar_block_bytes=1)
         if hashlib.sha256(table).hexdigest() != self.layers[layer].content_root:
             raise ImageError("a block table in the index does not have the content root the index gives")
         return table
@@ -106,29 +102,3 @@ def _record(fields: dict[str, Any]) -> LayerRecord:
 
 def _groups(fields: dict[str, Any]) -> tuple[WindowGroup, ...]:
     return tuple(WindowGroup(number(a, 1 << 50), number(b, MAX_GROUP_BYTES)) for a, b in fields["window_groups"])
-
-
-def _unpack_table(packed: bytes) -> bytes:
-    """A block table from its packed form, which has gaps in place of addresses and tar offsets."""
-    if len(packed) < _TABLE_HEADER.size:
-        raise ImageError("block table is cut short")
-    count = _TABLE_HEADER.unpack_from(packed)[1]
-    if count > MAX_BLOCKS or len(packed) != _TABLE_HEADER.size + count * _RECORD_BYTES:
-        raise ImageError("block table has the wrong length")
-    view = memoryview(packed)
-    at = _TABLE_HEADER.size
-    lengths = view[at + 16 * count : at + 20 * count].cast("I")
-    starts = [_starts(view[at + k * count : at + (k + 8) * count].cast("Q"), lengths) for k in (0, 8)]
-    return b"".join((view[:at], starts[0].tobytes(), starts[1].tobytes(), view[at + 16 * count :]))
-
-
-def _starts(gaps: Sequence[int], lengths: Sequence[int]) -> array[int]:
-    starts = array("Q")
-    end = 0
-    for gap, length in zip(gaps, lengths, strict=True):
-        start = end + gap
-        if start > MAX_TAR_BYTES:
-            raise ImageError("block table has a block outside the layer")
-        starts.append(start)
-        end = start + length
-    return starts

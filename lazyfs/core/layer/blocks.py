@@ -193,8 +193,9 @@ def pack_table(table: bytes) -> bytes:
     )
 
 
-def unpack_table(packed: bytes) -> bytes:
-    """Inverse of pack_table. Raises ImageError for damaged input; BlockTable checks the bounds."""
+def unpack_table(packed: bytes, page_bytes: int = PAGE_BYTES, tar_block_bytes: int = TAR_BLOCK_BYTES) -> bytes:
+    """Inverse of pack_table, which takes off the places that follow from these two. Raises ImageError for damaged
+    input; BlockTable checks the bounds."""
     if len(packed) < _HEADER.size:
         raise ImageError("block table is cut short")
     count = _HEADER.unpack_from(packed)[1]
@@ -203,8 +204,8 @@ def unpack_table(packed: bytes) -> bytes:
     view = memoryview(packed)
     at = _HEADER.size
     lengths = view[at + 16 * count : at + 20 * count].cast("I")
-    addresses = _starts(view[at : at + 8 * count].cast("Q"), lengths, PAGE_BYTES)
-    tar_offsets = _starts(view[at + 8 * count : at + 16 * count].cast("Q"), lengths, TAR_BLOCK_BYTES)
+    addresses = _starts(view[at : at + 8 * count].cast("Q"), lengths, page_bytes)
+    tar_offsets = _starts(view[at + 8 * count : at + 16 * count].cast("Q"), lengths, tar_block_bytes)
     return b"".join((view[:at], addresses.tobytes(), tar_offsets.tobytes(), view[at + 16 * count :]))
 
 
