@@ -52,7 +52,9 @@ class Attachments:
         return [(target.dev, target.target) for target in self.targets()]
 
     def has(self, dev: tuple[int, int]) -> bool:
-        return dev == self.dev or any(place[0] == dev for place in self._reports)
+        """Whether it is the device of the file system, or of an overlay on it that is still attached: the kernel soon
+        gives the number of one that has gone to another mount."""
+        return dev == self.dev or any(target.dev == dev for target in self.targets())
 
     def let_go_of_uppers(self) -> None:
         """Releases the upper directories, and removes those that nobody holds. Call it only once the connection has
