@@ -83,7 +83,7 @@ class Trace:
 
 
 class Traces:
-    """The traces of a process. `run` it in a nursery of the process. Owned by the trio thread."""
+    """The traces of a process. Owned by the trio thread; its tasks run in `nursery`."""
 
     def __init__(self, cache: CacheDirectory, nursery: trio.Nursery) -> None:
         self._cache = cache
