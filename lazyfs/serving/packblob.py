@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+from lazyfs.core.layer.plan import REQUEST_BYTES
 from lazyfs.core.starts.pack import PREFIX_BYTES, PackHead, head_size
 from lazyfs.errors import LazyfsError, RemoteError
 from lazyfs.images.packs import FoundPack, open_head
@@ -13,6 +14,8 @@ from lazyfs.sources.transfer import Take
 # If some of the image's layers are here already, it is not known what of that is needed: then less.
 BEGINNING_BYTES = 16 << 20
 SHORT_BEGINNING_BYTES = 1 << 20
+# What takes longer than a request for spans at most does goes beside these.
+BULK_BYTES = REQUEST_BYTES
 # A server that is silent for so long is given up. Nobody waits for it: a reader has less patience (packsource.py).
 FIRST_BYTE_S = 5.0
 SILENCE_S = 2.0
@@ -39,15 +42,26 @@ class Pace:
             self.bytes_per_s = size_bytes / max(within_s, 1e-4)
 
 
+class Advances:
+    """The memory that beginnings may take, of all images that are being opened."""
+
+    def __init__(self, most_bytes: int = 4 * BEGINNING_BYTES) -> None:
+        self.left_bytes = most_bytes
+
+
 class PackBlob:
     """The bytes of a pack. Nothing of them is verified. Owned by the trio thread."""
 
-    def __init__(self, found: FoundPack) -> None:
+    def __init__(self, found: FoundPack, advances: Advances) -> None:
+        """`advances`: what it takes of these is given back by close()."""
         self.size_bytes = found.size_bytes
         self.pace = Pace()
         self._found = found
         self._beginning = bytearray()
-        self._beginning_ends = min(BEGINNING_BYTES, found.size_bytes)
+        self._beginning_ends = min(BEGINNING_BYTES, max(SHORT_BEGINNING_BYTES, advances.left_bytes), found.size_bytes)
+        self._advances = advances
+        self._taken_bytes = self._beginning_ends
+        advances.left_bytes -= self._taken_bytes
         self._more = trio.Event()  # set, and replaced, when the beginning grew or ended
         self._ended = False
 
@@ -73,6 +87,12 @@ class PackBlob:
         finally:
             self._ended = True
             self._grew()
+
+    def close(self) -> None:
+        """No more of it is wanted."""
+        self._advances.left_bytes += self._taken_bytes
+        self._taken_bytes = 0
+        self._beginning = bytearray()
 
     def shorten_beginning(self) -> None:
         """Some of it may be here already: no more of the beginning comes than must."""
@@ -128,6 +148,7 @@ class PackBlob:
                 await take(piece)
                 silence.deadline = min(trio.current_time() + SILENCE_S, begun_s + REQUEST_S)
 
-            await self._found.source.blob_range(self._found.digest, start, end, heard)
+            bulk = end - start > BULK_BYTES
+            await self._found.source.blob_range(self._found.digest, start, end, heard, bulk=bulk)
             return
         raise RemoteError("the startup pack comes too slowly", "see how its registry is doing")

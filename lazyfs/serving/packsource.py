@@ -166,6 +166,10 @@ class PackSource:
         step = _MIN_PIECE_BYTES
 
         async def take(piece: bytes) -> None:
+            for at in range(0, len(piece), _MAX_PIECE_BYTES):  # a directory gives all at once
+                await take_some(piece[at : at + _MAX_PIECE_BYTES])
+
+        async def take_some(piece: bytes) -> None:
             nonlocal step
             pieces.append(piece)
             came = sum(map(len, pieces))

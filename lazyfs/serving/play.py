@@ -17,7 +17,7 @@ from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.images.packs import FoundPack
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.image import Image
-from lazyfs.serving.packblob import PackBlob
+from lazyfs.serving.packblob import Advances, PackBlob
 from lazyfs.serving.packsource import PackSource
 from lazyfs.serving.schedule import Rank
 from lazyfs.tasks import open_nursery
@@ -45,6 +45,7 @@ class Player:
         self,
         nursery: trio.Nursery,
         decoders: trio.CapacityLimiter,
+        advances: Advances,
         cache: CacheDirectory,
         manifest_digest: Digest,
         find: Callable[[], Awaitable[Sequence[FoundPack]]],
@@ -54,6 +55,7 @@ class Player:
         self._digest = manifest_digest
         self._find = find
         self._decoders = decoders
+        self._advances = advances
         self._image: Image  # once it is opened
         self._opened = trio.Event()
         self._scope = trio.CancelScope()
@@ -102,16 +104,19 @@ class Player:
         return True
 
     async def _take(self, found: FoundPack) -> None:
-        blob = PackBlob(found)
-        async with open_nursery() as nursery:
-            nursery.start_soon(blob.begin)
-            head = await blob.head()
-            if await trio.to_thread.run_sync(_has_any, self._cache, head.layers):
-                blob.shorten_beginning()
-            await self._opened.wait()
-            self._image.counters.append(found.source.counters)
-            await self._play(self._image, blob, head)
-            nursery.cancel_scope.cancel()
+        blob = PackBlob(found, self._advances)
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(blob.begin)
+                head = await blob.head()
+                if await trio.to_thread.run_sync(_has_any, self._cache, head.layers):
+                    blob.shorten_beginning()
+                await self._opened.wait()
+                self._image.counters.append(found.source.counters)
+                await self._play(self._image, blob, head)
+                nursery.cancel_scope.cancel()
+        finally:
+            blob.close()
 
     async def _play(self, image: Image, blob: PackBlob, head: PackHead) -> None:
         layers = {device.content_root: device.layer for device in image.layers}

@@ -30,6 +30,7 @@ from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.fetcher import LayerFetcher
 from lazyfs.serving.image import Image
+from lazyfs.serving.packblob import Advances
 from lazyfs.serving.play import Player
 from lazyfs.serving.spansource import SpanSource
 from lazyfs.serving.trace import Traces
@@ -57,6 +58,7 @@ class ImageStore:
         self._nursery = nursery
         self._players: dict[Digest, Player] = {}  # of the images, by manifest digest
         self._decoders = trio.CapacityLimiter(os.cpu_count() or 1)
+        self._advances = Advances()
         self._sources = Sources()
         self.traces = Traces(cache, nursery)
         # By manifest digest, so that a slow registry delays only those who open the same image.
@@ -119,7 +121,9 @@ class ImageStore:
             return await self._open_one(resolved, None, timeout_s, make_index)
         attached = Attached(self.cache, resolved)
         find = functools.partial(find_packs, attached)
-        player = Player(self._nursery, self._decoders, self.cache, resolved.manifest_digest, find)
+        player = Player(
+            self._nursery, self._decoders, self._advances, self.cache, resolved.manifest_digest, find
+        )
         opened: Image | Missing | None = None
         try:
             opened = await self._open_one(resolved, attached, timeout_s, make_index)

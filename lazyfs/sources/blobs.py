@@ -142,10 +142,16 @@ def _asking_for(start: int, end: int) -> dict[str, str]:
 
 
 async def fetch_range(
-    http: HttpClient, locator: Locator, digest: Digest, start: int, end: int, take: Take | None = None
+    http: HttpClient,
+    locator: Locator,
+    digest: Digest,
+    start: int,
+    end: int,
+    take: Take | None = None,
+    bulk: bool = False,
 ) -> bytes:
     """Exactly the bytes [start, end) of the blob, given to `take` if there is one, as they come, and else returned.
-    RemoteError or NotFound if they cannot be had."""
+    `bulk` as for HttpClient.send(). RemoteError or NotFound if they cannot be had."""
     if not 0 <= start <= end:
         raise ValueError(f"bad range {start}-{end}")
     if start == end:
@@ -166,7 +172,8 @@ async def fetch_range(
     headers = handed.headers if handed is not None else _asking_for(start, end)
     limit = max(end - start, MAX_WHOLE_BLOB_BYTES)
     try:
-        response = await _get(http, locator, headers, limit, check, handed.begin if handed is not None else None)
+        begin = handed.begin if handed is not None else None
+        response = await _get(http, locator, headers, limit, check, begin, bulk)
     except BodyTooLarge:
         raise RemoteError(
             f"{locator.what}: the server ignores ranges and sends the whole blob",
@@ -198,12 +205,19 @@ async def _get(
     max_body_bytes: int,
     check: Check | None,
     begin: Begin | None = None,
+    bulk: bool = False,
 ) -> Response:
     """`headers` may change between attempts."""
     for _ in range(MAX_RESOLVES):
         url, own = await locator.where()
         response = await http.send(
-            "GET", url, headers=ChainMap(headers, own), max_body_bytes=max_body_bytes, check=check, begin=begin
+            "GET",
+            url,
+            headers=ChainMap(headers, own),
+            max_body_bytes=max_body_bytes,
+            check=check,
+            begin=begin,
+            bulk=bulk,
         )
         if response.status not in REFUSED:
             locator.came_from(response.url)

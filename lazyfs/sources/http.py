@@ -110,17 +110,21 @@ class HttpClient:
         begin: Begin | None = None,
         retry: bool = True,
         secret: bool = False,
+        bulk: bool = False,
     ) -> Response:
         """One request and its whole answer, whatever its (lasting) status.
 
         `secret`: `content` holds credentials, which no redirect carries to another origin.
         `check` may find the answer unusable: what it returns is the problem, and the request is tried again.
         `begin` may have the body of an attempt taken as it comes; the Response has none then.
+        `bulk`: it takes a slot of the streams, so that the others do not wait for it.
         Raises RemoteError when the attempts or the caller's deadline are used up, BodyTooLarge at once.
         """
 
+        slots = self._connections.stream_slots if bulk else self._connections.slots
+
         async def attempt() -> Response:
-            async with self._connections.slots.of(origin(url)):
+            async with slots.of(origin(url)):
                 answer = await self._attempt(method, url, headers or {}, content, self._patience_s, secret)
                 try:
                     limit = max_body_bytes if answer.status < 300 else MAX_ERROR_BODY_BYTES

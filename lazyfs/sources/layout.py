@@ -154,7 +154,9 @@ class DirectoryLayout(Layout):
             raise ImageError(f"{self.what}: blob {digest} does not match its size and digest")
         return data
 
-    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(
+        self, digest: Digest, start: int, end: int, take: Take | None = None, *, bulk: bool = False
+    ) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified. ImageError if it is shorter."""
         if not 0 <= start <= end:
             raise ValueError(f"bad range {start}-{end}")

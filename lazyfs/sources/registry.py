@@ -75,9 +75,12 @@ class Registry:
         """The whole blob in memory; size and digest are verified (ImageError). The caller caps the size."""
         return await fetch_blob(self._http, _Place(self._api, self._places, digest), digest, size_bytes)
 
-    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(
+        self, digest: Digest, start: int, end: int, take: Take | None = None, *, bulk: bool = False
+    ) -> bytes:
         """Exactly the bytes [start, end) of a blob. Not verified: the caller knows its blocks' hashes."""
-        return await fetch_range(self._http, _Place(self._api, self._places, digest), digest, start, end, take)
+        place = _Place(self._api, self._places, digest)
+        return await fetch_range(self._http, place, digest, start, end, take, bulk)
 
     def blob_stream(self, digest: Digest, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""

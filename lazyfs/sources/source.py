@@ -34,9 +34,12 @@ class Source(Protocol):
     async def blob(self, digest: Digest, size_bytes: int) -> bytes:
         """The whole blob in memory, size and digest verified. The caller caps the size."""
 
-    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(
+        self, digest: Digest, start: int, end: int, take: Take | None = None, *, bulk: bool = False
+    ) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified; ImageError if it is shorter. With `take` they are
-        given to that as they come, and nothing is returned."""
+        given to that as they come, and nothing is returned. `bulk`: it takes long, and goes beside other requests as
+        streams do."""
 
     def blob_stream(self, digest: Digest, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order in pieces of at most 1 MiB; verified after the last piece (ImageError)."""

@@ -45,11 +45,13 @@ class WebLayout(Layout):
 
         return await fetch_blob(self._http, _WebPlace(self, digest), digest, size_bytes)
 
-    async def blob_range(self, digest: Digest, start: int, end: int, take: Take | None = None) -> bytes:
+    async def blob_range(
+        self, digest: Digest, start: int, end: int, take: Take | None = None, *, bulk: bool = False
+    ) -> bytes:
         """Exactly the bytes [start, end) of a blob, not verified."""
         from lazyfs.sources.blobs import fetch_range
 
-        return await fetch_range(self._http, _WebPlace(self, digest), digest, start, end, take)
+        return await fetch_range(self._http, _WebPlace(self, digest), digest, start, end, take, bulk)
 
     def blob_stream(self, digest: Digest, size_bytes: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The whole blob in order; resumes after a break; ImageError at the end if the digest is wrong."""

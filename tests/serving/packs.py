@@ -16,6 +16,7 @@ from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.starts.pack import PACK_MEDIA_TYPE, Content, build_pack
 from lazyfs.images.packs import FoundPack
 from lazyfs.serving.image import Image
+from lazyfs.serving.packblob import Advances
 from lazyfs.serving.play import Player
 from lazyfs.serving.trace import Traces
 from lazyfs.sources.source import Source
@@ -56,7 +57,8 @@ class PackServer:
     counters: TransferCounters = field(default_factory=TransferCounters)
     sent: int = 0
 
-    async def blob_range(self, digest: str, start: int, end: int, take: Take) -> bytes:
+    async def blob_range(self, digest: str, start: int, end: int, take: Take, *, bulk: bool) -> bytes:
+        assert bulk == (end - start > 4 << 20)
         assert digest == sha256_digest(self.pack) and 0 <= start < end <= len(self.pack)
         self.ranges.append((start, end))
         answer = (self.answers.pop(0) if self.answers else None) or stream
@@ -111,7 +113,7 @@ async def playing(it: Rig, server: PackServer) -> AsyncIterator[Player]:
     async def find() -> list[FoundPack]:
         return [server.found]
 
-    player = Player(it.nursery, trio.CapacityLimiter(2), cache_of(it), MANIFEST, find)
+    player = Player(it.nursery, trio.CapacityLimiter(2), Advances(), cache_of(it), MANIFEST, find)
     player.image_opened(image_of(it))
     try:
         yield player

@@ -85,6 +85,18 @@ async def test_little_is_asked_for_in_advance_if_some_of_it_may_be_here(monkeypa
         assert server.sent < (2 << 20) + (64 << 10) and len(server.ranges) == 1
 
 
+async def test_beginnings_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packblob, "SHORT_BEGINNING_BYTES", 1 << 20)
+    advances = packblob.Advances(5 << 20)
+    blobs = [packblob.PackBlob(PackServer(PACK).found, advances) for _ in range(2)]
+    assert blobs[0].beginning_ends == 4 << 20
+    second = blobs[1].beginning_ends
+    for blob in blobs:
+        blob.close()
+        blob.close()
+    assert advances.left_bytes == 5 << 20 and second == packblob.SHORT_BEGINNING_BYTES
+
+
 async def test_what_is_cached_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packblob, "BEGINNING_BYTES", 64 << 10)
     monkeypatch.setattr(packsource, "_MAX_GAP_BYTES", 64 << 10)

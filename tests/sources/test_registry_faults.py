@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import trio
 
 from lazyfs.errors import ImageError, RemoteError
 from lazyfs.sources import blobs
-from lazyfs.sources.connections import Connections
+from lazyfs.sources.connections import REQUESTS_AT_ONCE, Connections
 from lazyfs.sources.failures import RetryPolicy
 from lazyfs.sources.http import HttpClient
 from tests.servers import FaultProxy, RegistryServer, Rule, sha256_digest
@@ -159,6 +160,22 @@ async def test_a_range_that_is_taken_as_it_comes_goes_on_where_it_broke(proxy: F
     assert b"".join(pieces) == BLOB[1000:900_000]
     asked = [request.range for request in proxy.matching("GET", BLOBS)]
     assert asked == ["bytes=1000-899999", "bytes=301000-899999", "bytes=501000-899999"]
+
+
+async def test_what_takes_long_goes_beside_other_requests(proxy: FaultProxy) -> None:
+    async def take(piece: bytes) -> None:
+        pass
+
+    async with open_registry(proxy.host) as registry, trio.open_nursery() as nursery:
+        proxy.rules = [Rule("stall", path=BLOBS, times=2 * REQUESTS_AT_ONCE)]
+        for _ in range(2 * REQUESTS_AT_ONCE):
+            nursery.start_soon(functools.partial(registry.blob_range, DIGEST, 0, 500_000, take, bulk=True))
+        with trio.fail_after(DEADLINE_S):
+            while proxy.rules[0].hits < REQUESTS_AT_ONCE:  # noqa: ASYNC110 -- the proxy is a thread
+                await trio.sleep(0.01)
+            proxy.rules.clear()
+            assert await registry.blob_range(DIGEST, 5, 500) == BLOB[5:500]
+        nursery.cancel_scope.cancel()
 
 
 async def test_stream_resumes_without_ranges(proxy: FaultProxy) -> None:
