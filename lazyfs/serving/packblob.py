@@ -63,7 +63,7 @@ class PackBlob:
         self._taken_bytes = self._beginning_ends
         advances.left_bytes -= self._taken_bytes
         self._more = trio.Event()  # set, and replaced, when the beginning grew or ended
-        self._ended = False
+        self._ended = self._closed = False
 
     @property
     def beginning_ends(self) -> int:
@@ -89,7 +89,8 @@ class PackBlob:
             self._grew()
 
     def close(self) -> None:
-        """No more of it is wanted."""
+        """No more of it is wanted. Idempotent."""
+        self._closed = True
         self._advances.left_bytes += self._taken_bytes
         self._taken_bytes = 0
         self._beginning = bytearray()
@@ -128,6 +129,8 @@ class PackBlob:
                 start = stop
             else:
                 await more.wait()
+        if self._closed:
+            raise RemoteError("the startup pack is played no more")
         if start < end:
             await self._request(start, end, take)
 

@@ -9,7 +9,7 @@ import trio
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.core.starts.pack import PackHead
-from lazyfs.errors import ImageError
+from lazyfs.errors import RemoteError
 from lazyfs.serving.packblob import PackBlob
 from lazyfs.serving.sources import Batch, Extent, Part
 from lazyfs.serving.unpack import Unpacker
@@ -182,8 +182,8 @@ class PackSource:
             flight.at = unpacker.at
             self._count(unpacker)
             published()
-            if self.useless:
-                raise ImageError("most of it does not verify", "record the image again")
+            if self._done:
+                raise RemoteError("the startup pack is played no more")
 
         await self.blob.range(flight.start, flight.end, take)
 
@@ -205,6 +205,7 @@ class PackSource:
     def close(self) -> list[int]:
         """Brings nothing any more. Returns frames for which somebody may wait."""
         self._closed = True
+        self.blob.close()
         return list(self._promises)
 
     def go_on(self) -> None:
