@@ -120,7 +120,8 @@ def _attach(
             for place in where:
                 pack = await improve_pack(cache, resolved, profile, place.repository, max_pack_bytes)
                 attached.append({"place": place.repository, **pack._asdict()})
-                said = f"startup pack of {human_bytes(pack.size_bytes)}, of {pack.starts} starts"
+                starts = "one start" if pack.starts == 1 else f"{pack.starts} starts"
+                said = f"startup pack of {human_bytes(pack.size_bytes)}, of {starts}"
                 say(f"{said}, attached as {pack.artifact_digest} in {place.name}")
 
     run_async(work)

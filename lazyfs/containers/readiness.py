@@ -262,8 +262,9 @@ class StartWatch:
             self._news.wait(deadline_s - time.monotonic())
             return self._written
         while (rest_s := deadline_s - time.monotonic()) > 0 and not self._over.wait(min(POLL_S, rest_s)):
-            if until.answers(min(ATTEMPT_S, rest_s)):
-                return not select.select([self._process_fd], [], [], 0)[0]
+            # Once it has ended, it was another program that answered.
+            if until.answers(min(ATTEMPT_S, rest_s)) and not select.select([self._process_fd], [], [], 0)[0]:
+                return True
         return False
 
     def _show(self) -> None:
