@@ -236,10 +236,11 @@ def learn(known: Profile | None, start: Profile, *, partial: bool = False) -> Pr
 
 
 def includes(known: Profile, other: Profile) -> bool:
-    """Whether `known` tells of all starts that `other` tells of, as far as can be seen: of as many or more, in all and
-    of each block. Then it was made of `other`, or might as well have been, and to merge them would count them twice."""
+    """Whether `known` tells of all starts that `other` tells of, and of others, as far as can be seen: of more in all,
+    and of no fewer of each block. Then it was made of `other`, most likely, and to merge them would count those twice.
+    """
     counts = {_key(known, touch): touch.starts for touch in known.touches}
-    return known.starts >= other.starts and all(
+    return known.starts > other.starts and all(
         counts.get(_key(other, touch), 0) >= touch.starts for touch in other.touches
     )
 
