@@ -11,7 +11,7 @@ import logging
 import socket
 import ssl
 import urllib.request
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +34,7 @@ MAX_CAUSES = 20
 MAX_REMEMBERED_HOSTS = 256  # a registry and its blob stores are a handful
 CERTS_DIRS = ("/etc/docker/certs.d", "/etc/containers/certs.d")  # containers-certs.d(5)
 
+WRITE_BYTES = 64 << 10  # is sent under one time limit
 # Size of one recv. With httpcore's 64 KiB, reading 4 MiB takes twice the CPU, because every piece goes through its
 # generators. There is no option for it; the name is that of httpcore 1.0.9 (a test checks how much comes at once).
 READ_BYTES = 512 << 10
@@ -103,17 +104,20 @@ class Connections:
         self, method: str, url: str, headers: Mapping[str, str], content: bytes | None, silence_s: float
     ) -> Answer:
         """One request, up to the answer's headers. Raises Failed. `silence_s`: how long the server may be silent, now
-        and in the body; the caller bounds the whole."""
+        and in the body, or take nothing of `content`; the caller bounds the whole."""
         # pool=None: only our slots make a request wait.
         silence = httpx.Timeout(silence_s, connect=min(CONNECT_TIMEOUT_S, silence_s), pool=None)
+        length = {"Content-Length": str(len(content))} if content else {}
         try:
             request = httpx.Request(
                 method,
                 _parsed(url),
-                headers={**_HEADERS, **headers},
-                content=content,
+                headers={**_HEADERS, **length, **headers},
+                content=b"",
                 extensions={"timeout": silence.as_dict()},
             )
+            if content:
+                request.stream = _Pieces(content)
             authority = request.url.netloc.decode("ascii")
             files = self._host_files(authority) if request.url.scheme == "https" else ()
             proxy = self._proxy_for(request.url.scheme, request.url.host, authority)
@@ -181,6 +185,28 @@ class Connections:
                 f"{path}: cannot use this certificate file: {reason}", "it must hold PEM"
             ) from None
         return context
+
+
+class _Pieces(httpx.AsyncByteStream):
+    """What is to be sent, in pieces: a time limit is for one of them, so a slow link may take its time for all.
+
+    Not a generator, which trio would miss when the connection breaks in the middle.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self._at = 0
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._at = 0
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = self._content[self._at : self._at + WRITE_BYTES]
+        self._at += len(piece)
+        if not piece:
+            raise StopAsyncIteration
+        return piece
 
 
 @functools.lru_cache(maxsize=256)
