@@ -6,6 +6,7 @@ holds is checked against its digest before anybody sees it. Writing follows none
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from contextlib import suppress
@@ -99,6 +100,25 @@ class Directory:
             raise HostError(f"{self._what}: cannot remove {name}: {error.strerror}", "check the rights") from None
         finally:
             os.close(at)
+
+    def try_lock(self) -> int | None:
+        """Keeps others away who do the same, until the descriptor is closed; None if somebody else has it. On a file
+        system without locks it keeps away nobody."""
+        at = self._dup()
+        try:
+            fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+        except OSError as error:
+            raise HostError(f"{self._what}: cannot open the directory: {error.strerror}", "check the rights") from None
+        finally:
+            os.close(at)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            pass
+        return fd
 
     def _open(self, name: str) -> int:
         at = path = -1

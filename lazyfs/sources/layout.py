@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,12 +22,15 @@ from lazyfs.core.oci import digests, documents, referrers
 from lazyfs.core.oci.digests import Digest, DigestCheck, is_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.reference import DirectoryReference
-from lazyfs.errors import ImageError, NotFound, UserError
+from lazyfs.errors import HostError, ImageError, NotFound, UserError
 from lazyfs.sources.directory import Directory
 from lazyfs.sources.transfer import Take, TransferCounters
 
 READ_CHUNK_BYTES = 1 << 20
 MAX_LISTED_ARTIFACTS = 16  # of one search: each is read to see what it belongs to
+# Another process changes a list within milliseconds.
+LOCK_S = 10.0
+LOCK_TRY_S = 0.02
 MAX_LAYOUT_FILE_BYTES = 4096  # the oci-layout file holds one short object
 
 
@@ -131,8 +135,7 @@ class DirectoryLayout(Layout):
         self.what = f"oci:{reference.path}"
         self.counters = TransferCounters()
         self._directory = Directory(reference.path, self.what)
-        self._changing = trio.Lock()  # index.json
-        self._attaching = trio.Lock()
+        self._changing = trio.Lock()  # index.json, and lists of referrers
 
     async def aclose(self) -> None:
         """Close the directory."""
@@ -196,41 +199,57 @@ class DirectoryLayout(Layout):
         """Store a manifest, listed in index.json if `reference` is a name; returns its digest."""
         digest = await self.push_blob(data)
         if reference is not None and not is_digest(reference):
-            await self._list(Descriptor(media_type, digest, len(data), {documents.REF_NAME: reference}))
+            async with self._alone():
+                await self._list(Descriptor(media_type, digest, len(data), {documents.REF_NAME: reference}))
         return digest
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Nobody else changes what the layout lists meanwhile, no other process either. HostError: others do."""
+        async with self._changing:
+            for _ in range(round(LOCK_S / LOCK_TRY_S)):
+                lock = await trio.to_thread.run_sync(self._directory.try_lock)
+                if lock is not None:
+                    break
+                await trio.sleep(LOCK_TRY_S)
+            else:
+                raise HostError(f"{self.what} is being changed by others", "try again")
+            try:
+                yield
+            finally:
+                os.close(lock)
 
     async def _list(self, descriptor: Descriptor) -> None:
         """Put a named descriptor into index.json in the place of the one with its name."""
-        async with self._changing:
-            document: dict[str, Any] = {"schemaVersion": 2, "mediaType": documents.MEDIA_INDEX, "manifests": []}
-            try:
-                raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
-                documents.parse_manifest(raw, documents.MEDIA_INDEX)
-                document = documents.load_json(raw, "index.json")
-            except NotFound:
-                layout = json.dumps({"imageLayoutVersion": "1.0.0"}).encode()
-                await trio.to_thread.run_sync(self._directory.write, "oci-layout", layout)
-            name = _name(descriptor)
-            document["manifests"] = [
-                item
-                for item in document.get("manifests") or []
-                if not (isinstance(item, dict) and (item.get("annotations") or {}).get(documents.REF_NAME) == name)
-            ] + [descriptor.to_json()]
-            await trio.to_thread.run_sync(self._directory.write, "index.json", json.dumps(document, indent=1).encode())
+        document: dict[str, Any] = {"schemaVersion": 2, "mediaType": documents.MEDIA_INDEX, "manifests": []}
+        try:
+            raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
+            documents.parse_manifest(raw, documents.MEDIA_INDEX)
+            document = documents.load_json(raw, "index.json")
+        except NotFound:
+            layout = json.dumps({"imageLayoutVersion": "1.0.0"}).encode()
+            await trio.to_thread.run_sync(self._directory.write, "oci-layout", layout)
+        name = _name(descriptor)
+        document["manifests"] = [
+            item
+            for item in document.get("manifests") or []
+            if not (isinstance(item, dict) and (item.get("annotations") or {}).get(documents.REF_NAME) == name)
+        ] + [descriptor.to_json()]
+        await trio.to_thread.run_sync(self._directory.write, "index.json", json.dumps(document, indent=1).encode())
 
     async def attach(self, subject: Descriptor, manifest: bytes) -> Digest:
         """Store an artifact manifest whose subject is `subject`, and list it; returns its digest."""
         own = referrers.listed_as(manifest, subject.digest)
         await self.push_blob(manifest)
         name = referrers.referrers_tag(subject.digest)
-        async with self._attaching:
+        async with self._alone():
             await self._keep_referrers(name, referrers.add_to_index(await self._referrers_index(name), own))
         return own.digest
 
     async def detach(self, subject: Descriptor, artifact: Descriptor, blobs: Sequence[Digest] = ()) -> None:
         """No longer list an artifact that was attached; its manifest and `blobs` are removed."""
         name = referrers.referrers_tag(subject.digest)
-        async with self._attaching:
+        async with self._alone():
             raw = await self._referrers_index(name)
             if raw is None:
                 return
@@ -242,7 +261,9 @@ class DirectoryLayout(Layout):
         if await self._keeps_apart(tag):
             await trio.to_thread.run_sync(self._directory.write, referrers_file(tag), listed)
         else:
-            await self.push_manifest(listed, documents.MEDIA_INDEX, tag)
+            named = {documents.REF_NAME: tag}
+            digest = await self.push_blob(listed)
+            await self._list(Descriptor(documents.MEDIA_INDEX, digest, len(listed), named))
 
     async def _keeps_apart(self, tag: str) -> bool:
         """Whether a list is a file of its own: an image has no name, and the list is not in index.json already."""

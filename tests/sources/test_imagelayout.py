@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -279,3 +280,36 @@ async def test_web_layout_tls(pulled: Path, tmp_path: Path) -> None:
         async with opened(f"oci+{web.url}") as source:
             with pytest.raises(RemoteError, match="not trusted"):
                 await source.manifest("one")
+
+
+async def test_several_write_to_one_directory(tmp_path: Path) -> None:
+    """As processes do, each with its own view of it: no name and no attachment is lost."""
+    await make(tmp_path / "oci", "v1")
+    text = f"oci:{tmp_path}/oci"
+    async with opened(text) as first, opened(text) as second, opened(f"{text}:v1") as reader:
+        raw, media_type = await reader.manifest("v1")
+        subject = Descriptor(media_type, sha256_digest(raw), len(raw))
+
+        async def write(source: Source, number: int) -> None:
+            await source.attach(subject, referrers.build_artifact(TYPE, [], subject, {"n": str(number)}))
+            await source.push_manifest(raw, media_type, f"name{number}")
+
+        async with trio.open_nursery() as nursery:
+            for number in range(12):
+                nursery.start_soon(write, (first, second)[number % 2], number)
+        assert len(await reader.referrers(subject.digest, TYPE)) == 12
+        for number in range(12):
+            assert await reader.manifest(f"name{number}") == (raw, media_type)
+
+
+async def test_a_directory_that_others_go_on_changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = await make(tmp_path / "oci", "v1")
+    monkeypatch.setattr("lazyfs.sources.layout.LOCK_S", 0.1)
+    fd = os.open(tmp_path / "oci", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    async with opened(f"oci:{tmp_path}/oci") as source:
+        raw, media_type = await source.manifest(digest)
+        with pytest.raises(HostError, match="being changed by others"):
+            await source.push_manifest(raw, media_type, "v2")
+        os.close(fd)
+        await source.push_manifest(raw, media_type, "v2")
