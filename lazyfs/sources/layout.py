@@ -248,12 +248,16 @@ class DirectoryLayout(Layout):
 
     async def detach(self, subject: Descriptor, artifact: Descriptor, blobs: Sequence[Digest] = ()) -> None:
         """No longer list an artifact that was attached; its manifest and `blobs` are removed."""
-        name = referrers.referrers_tag(subject.digest)
+        tag = referrers.referrers_tag(subject.digest)
         async with self._alone():
-            raw = await self._referrers_index(name)
-            if raw is None:
-                return
-            await self._keep_referrers(name, referrers.remove_from_index(raw, artifact.digest))
+            raw = await self._referrers_index(tag)
+            if raw is not None:
+                await self._keep_referrers(tag, referrers.remove_from_index(raw, artifact.digest))
+            with contextlib.suppress(NotFound):  # others' tools list it there
+                raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
+                left = referrers.remove_from_index(raw, artifact.digest)
+                if left != raw:
+                    await trio.to_thread.run_sync(self._directory.write, "index.json", left)
         for one in (artifact.digest, *blobs):
             await trio.to_thread.run_sync(self._directory.remove, blob_name(one))
 

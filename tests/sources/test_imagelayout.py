@@ -234,6 +234,10 @@ async def test_artifacts_that_are_listed_beside_the_image_are_found(tmp_path: Pa
         await check_image(source, "x")
         await source.attach(subject, artifacts[0])  # now it is listed in both ways
         assert [one.digest for one in await source.referrers(digest, TYPE)] == [digests[0]]
+        await source.detach(subject, found)
+        assert await source.referrers(digest, TYPE) == []
+        assert digests[0] not in (tmp_path / "oci/index.json").read_text()
+        await check_image(source, "x")
 
 
 async def test_wrong_places(tmp_path: Path) -> None:

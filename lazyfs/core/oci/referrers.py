@@ -85,5 +85,8 @@ def remove_from_index(raw: bytes, digest: str) -> bytes:
     parse_manifest(raw, MEDIA_INDEX)
     document = load_json(raw, "the index")
     listed = document.get("manifests") or []
-    document["manifests"] = [one for one in listed if not isinstance(one, dict) or one.get("digest") != digest]
+    left = [one for one in listed if not isinstance(one, dict) or one.get("digest") != digest]
+    if len(left) == len(listed):
+        return raw
+    document["manifests"] = left
     return json.dumps(document, indent=1).encode()
