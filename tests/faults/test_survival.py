@@ -117,8 +117,8 @@ def test_a_successor_takes_up_what_the_version_before_served(
     left = json.loads(state.read_text())
     for entry in (*left["roots"], *left["released"]):
         access = entry.pop("access")
-        how = {name: access[name] for name in "offline insecure platform ca_files auth_files".split()}  # noqa: SIM905
-        entry["options"] = {**how, "timeout_s": entry.pop("timeout_s"), "push_index": False}
+        how = {name: access[name] for name in ("insecure", "platform", "ca_files", "auth_files")}
+        entry["options"] = {**how, "offline": False, "timeout_s": entry.pop("timeout_s"), "push_index": False}
         entry["home"] = access["environ"]
         entry.pop("holds", None)
     state.write_text(json.dumps({"roots": left["roots"], "released": left["released"]}))
