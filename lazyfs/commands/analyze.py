@@ -36,7 +36,8 @@ from lazyfs.core.index.analysis import ImageAnalysis, analyse
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.errors import HostError
-from lazyfs.images.documents import Found, Missing, find_index, load_config
+from lazyfs.images.config import load_config
+from lazyfs.images.documents import Found, Missing, find_index
 from lazyfs.images.resolve import close_source
 from lazyfs.indexing.missing import DOCUMENTS_S, build, resolved_image, run_async
 from lazyfs.mounting.options import MountOptions, quote

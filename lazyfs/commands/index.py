@@ -16,6 +16,7 @@ from lazyfs.core.oci.digests import Digest
 from lazyfs.indexing.missing import build, resolved_image, run_async
 from lazyfs.indexing.publish import index_push, write_layout
 from lazyfs.mounting.options import MountOptions, index_repository
+from lazyfs.system import startup
 
 if TYPE_CHECKING:
     import argparse
@@ -32,6 +33,7 @@ def index(args: argparse.Namespace) -> int:
         started_s = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
             resolved = await stack.enter_async_context(resolved_image(cache, args.image, options.access))
+            startup.finish()
             places = ([""] if args.push else []) + ([push_to] if push_to else [])
             pushes = [await stack.enter_async_context(index_push(cache, resolved, place)) for place in places]
 

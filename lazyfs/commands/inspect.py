@@ -18,7 +18,8 @@ from lazyfs.core.oci.documents import parse_config
 from lazyfs.core.starts.profile import Profile
 from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.images.attached import Attached
-from lazyfs.images.documents import Missing, find_index, load_config
+from lazyfs.images.config import load_config
+from lazyfs.images.documents import Missing, find_index
 from lazyfs.images.packs import find_packs, load_head
 from lazyfs.images.resolve import close_source
 from lazyfs.indexing.missing import DOCUMENTS_S, resolved_image, run_async

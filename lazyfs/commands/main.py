@@ -134,6 +134,9 @@ def _daemon(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from lazyfs.system import startup
+
+    startup.begin()  # it imports as much as a daemon; the collector begins once all is imported
     from lazyfs.commands.index import index
 
     return int(index(args))

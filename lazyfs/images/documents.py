@@ -1,10 +1,9 @@
-"""The documents of an image: its config and its index, from the cache or the registry, verified."""
+"""An image's index, from the cache, the registry or an index repository, verified."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import trio
 
 from lazyfs.cache import images
 from lazyfs.cache.directory import CacheDirectory
-from lazyfs.cache.images import index_directory, read_file
+from lazyfs.cache.images import read_file
 from lazyfs.cache.scans import KeptLayerIndex
 from lazyfs.core.erofs.metadata import Metadata
 from lazyfs.core.index import imageindex, v1
@@ -21,17 +20,12 @@ from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.layerindex import LayerHead
 from lazyfs.core.oci.digests import ContentRoot, Digest, is_digest
 from lazyfs.core.oci.documents import (
-    CONFIG_TYPES,
-    MAX_CONFIG_BYTES,
     Descriptor,
     Manifest,
-    Platform,
-    parse_config,
     parse_manifest,
 )
-from lazyfs.core.oci.platforms import parse_platform, runs_on
 from lazyfs.core.oci.reference import parse_reference
-from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError, UserError
+from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError
 from lazyfs.images.attached import Attached, of_type
 from lazyfs.images.elsewhere import IndexRepository, delivery_for
 from lazyfs.images.heads import Heads, check_fits
@@ -75,41 +69,6 @@ class Missing(NamedTuple):
     manifest_digest: Digest
     reasons: tuple[str, ...] = ()
     damaged: bool = False
-
-
-async def load_config(cache: CacheDirectory, resolved: Resolved) -> bytes:
-    """The image config's bytes, from the cache or the source; verified against the manifest. ImageError: it is no
-    image; UserError: it is one for another platform, which only the config tells."""
-    path = os.path.join(index_directory(cache, resolved.manifest_digest), "config")
-    wanted = resolved.manifest.config
-    kept = read_file(path)
-    if kept is not None and "sha256:" + hashlib.sha256(kept).hexdigest() == wanted.digest:
-        check_config(resolved, kept)
-        return kept
-    if wanted.size_bytes > MAX_CONFIG_BYTES:
-        raise ImageError(f"the image config is larger than {MAX_CONFIG_BYTES >> 20} MiB")
-    raw = await resolved.source.blob(wanted.digest, wanted.size_bytes)
-    check_config(resolved, raw)
-    cache.write_atomically(path, raw)
-    return raw
-
-
-def check_config(resolved: Resolved, raw: bytes) -> None:
-    """Raises as load_config() for an image with this config."""
-    kind = resolved.manifest.config.media_type
-    try:
-        config = parse_config(raw)
-    except ImageError:
-        if kind in CONFIG_TYPES:
-            raise
-        kind = resolved.manifest.artifact_type or kind
-        raise ImageError(f"{resolved.reference} is no container image, but an artifact of type {kind}") from None
-    have = Platform(config.os, config.architecture, config.variant)
-    if not resolved.listed and not runs_on(have, parse_platform(resolved.platform)):
-        raise UserError(
-            f"{resolved.reference} is an image for {have}, not for {resolved.platform}",
-            f"to have it all the same: platform={have}",
-        )
 
 
 async def find_index(

@@ -11,7 +11,7 @@ import trio
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import LazyfsError, RemoteError
-from lazyfs.images.documents import load_config
+from lazyfs.images.config import load_config
 from lazyfs.images.resolve import Resolved, resolve
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.indexing.build import LayerProgress, OnLayers

@@ -21,7 +21,8 @@ from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.images.attached import Attached
-from lazyfs.images.documents import Found, FoundLayer, Missing, check_config, find_index, load_config
+from lazyfs.images.config import check_config, load_config
+from lazyfs.images.documents import Found, FoundLayer, Missing, find_index
 from lazyfs.images.heads import span_table
 from lazyfs.images.packs import find_packs
 from lazyfs.images.resolve import Resolved, close_source, resolve

@@ -17,7 +17,7 @@ _SWITCH_S = 0.0005
 
 
 def begin() -> None:
-    """For a process that stays: no collection until `finish`. Call it before anything large is imported."""
+    """No collection until `finish`. Call it before anything large is imported."""
     gc.disable()
 
 

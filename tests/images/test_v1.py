@@ -16,7 +16,8 @@ from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.v1 import IndexV1
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import ImageError
-from lazyfs.images.documents import Found, find_index, load_config
+from lazyfs.images.config import load_config
+from lazyfs.images.documents import Found, find_index
 from lazyfs.indexing.publish import push_index
 from lazyfs.indexing.small import make_index
 from lazyfs.sources.access import Access

@@ -16,7 +16,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.index.layerindex import LayerHead
 from lazyfs.core.oci.documents import parse_config
-from lazyfs.images.documents import load_config
+from lazyfs.images.config import load_config
 from lazyfs.images.resolve import Resolved, resolve
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.indexing.build import build_index

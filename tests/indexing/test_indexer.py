@@ -24,7 +24,7 @@ from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.core.tar.kinds import Kind
 from lazyfs.errors import ImageError, LazyfsError
-from lazyfs.images.documents import load_config
+from lazyfs.images.config import load_config
 from lazyfs.indexing.build import build_index
 from lazyfs.indexing.publish import push_index
 from lazyfs.serving.image import Image

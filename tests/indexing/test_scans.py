@@ -15,7 +15,7 @@ from lazyfs.cache.scans import KeptLayerIndex
 from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.errors import HostError, ImageError
-from lazyfs.images.documents import load_config
+from lazyfs.images.config import load_config
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.indexing.build import build_index
 from lazyfs.indexing.small import make_small_index

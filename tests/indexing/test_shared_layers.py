@@ -15,7 +15,8 @@ from lazyfs.core.index.imageindex import ImageIndex
 from lazyfs.core.oci.documents import parse_config
 from lazyfs.core.tar.tree import LayerEntry, Node, extend
 from lazyfs.errors import ImageError
-from lazyfs.images.documents import Found, Missing, find_index, load_config
+from lazyfs.images.config import load_config
+from lazyfs.images.documents import Found, Missing, find_index
 from lazyfs.indexing import assemble
 from lazyfs.indexing.assemble import BuiltIndex
 from lazyfs.indexing.build import build_index
