@@ -87,16 +87,16 @@ async def find_index(
     image, if others look for it, too; its owner closes it when what was found is used no more. Raises RemoteError if
     the registry cannot say what is attached just now, or not deliver it; HostError: disk.
     """
-    finder = _Finder(cache, resolved, offline, all_layers)
-    found = await finder.in_cache()
+    search = _IndexSearch(cache, resolved, offline, all_layers)
+    found = await search.in_cache()
     if found is None and not offline:
-        found = await (finder.attached() if attached is None else finder.search(attached))
+        found = await (search.attached() if attached is None else search.search(attached))
     if found is None:
-        return Missing(resolved.manifest_digest, tuple(finder.reasons), finder.damaged)
+        return Missing(resolved.manifest_digest, tuple(search.reasons), search.damaged)
     return found
 
 
-class _Finder:
+class _IndexSearch:
     """One search. `reasons`: why what was found is of no use."""
 
     def __init__(self, cache: CacheDirectory, resolved: Resolved, offline: bool, all_layers: bool) -> None:
