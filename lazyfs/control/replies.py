@@ -32,8 +32,8 @@ class Entry(NamedTuple):
 
 
 COUNTERS = (  # of serving/image.py
-    "bytes_fetched", "requests", "retries", "blocks_present", "blocks_total", "cache_hits", "cache_misses",
-    "bytes_read", "memory_bytes",
+    "bytes_fetched", "requests", "retries", "blocks_present", "blocks_total", "blocks_foreseen", "blocks_awaited",
+    "cache_hits", "cache_misses", "bytes_read", "memory_bytes",
 )  # fmt: skip
 
 # The fields of "ok" replies, besides "ok" itself. "mounts" is a list of entries in "list", else their number.

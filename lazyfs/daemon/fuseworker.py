@@ -101,8 +101,8 @@ async def open_image(cache: str, request: Mount) -> AsyncIterator[OpenedImage | 
         image = await store.open(
             request.image, access, request.timeout_s, make_index=not request.push_index, play=True
         )
-        if not isinstance(image, Missing) and access.learns:
-            image.begin_trace(recorded=request.traced)
+        if not isinstance(image, Missing):
+            image.begin_trace(access=access, recorded=request.traced)
         try:
             yield image
         finally:

@@ -227,8 +227,7 @@ class Roots:
         root.widen_read_ahead()
         self._link.hold(root.held_as, mount_fd)
         self._roots[image.manifest_digest] = root
-        if access.learns:
-            image.begin_trace(direct, recorded=traced)
+        image.begin_trace(direct, access=access, recorded=traced)
         self._changed()
         return root
 

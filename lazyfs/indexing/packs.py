@@ -142,6 +142,13 @@ async def improve_pack(
     return ImprovedPack(digest, len(pack), profile.starts)
 
 
+async def attached_profile(resolved: Resolved, repository: str = "") -> Profile | None:
+    """Of which starts the best pack there tells; None if there is none that can be read. Raises LazyfsError."""
+    async with place_to_push(resolved, repository) as (source, place):
+        there = await _known_packs(source, place, resolved)
+        return there[0].profile if there else None
+
+
 def _covers(profile: Profile, others: Iterable[Profile]) -> bool:
     """Whether a profile has all that others have touched."""
     blocks = set(_blocks(profile))

@@ -64,9 +64,9 @@ class Dispatcher:
         """Whether one of these pieces is on its way, or will be."""
         return self._schedule.knows(source, parts)
 
-    def drop(self, rank: Rank) -> None:
-        """Forgets what is queued at a rank and nobody waits for."""
-        self._schedule.drop(rank)
+    def drop(self, source: BlockSource, rank: Rank) -> None:
+        """As Schedule.drop()."""
+        self._schedule.drop(source, rank)
         self._changed.set()
 
     def look_again(self, source: BlockSource, pieces: Sequence[int]) -> None:

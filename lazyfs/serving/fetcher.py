@@ -86,7 +86,7 @@ class LayerFetcher:
 
     def foresee(self, blocks: Iterable[int]) -> None:
         """Wants those of `blocks` that are absent, in this order, at the rank PACK: nobody waits for them. What cannot
-        be had from anywhere is passed over."""
+        be had from anywhere is passed over. Raises LayerClosed."""
         reader = Reader()  # for whom nothing is begun
         for block in blocks:
             if self.layer.has(block):
@@ -96,6 +96,17 @@ class LayerFetcher:
                 for part in parts:
                     supplier.want(part, Rank.PACK)
                 self._foreseen.add(block)
+
+    def foreseen(self) -> tuple[int, int]:
+        """How many blocks were foreseen, and how many of these are still absent."""
+        foreseen = list(self._foreseen)
+        return len(foreseen), sum(not self.layer.has(block) for block in foreseen)
+
+    def forget_foreseen(self) -> None:
+        """What was foreseen, and is not on its way, is not fetched, unless it is read."""
+        self._foreseen.clear()
+        for supplier in self._suppliers:
+            supplier.dispatcher.drop(supplier.source, Rank.PACK)
 
     def _ask(self, missing: list[int], rank: Rank, reader: Reader) -> _Supplier:
         """Sees to it that all missing blocks are wanted. Returns where the last one shall come from."""

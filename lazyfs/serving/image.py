@@ -12,9 +12,12 @@ from lazyfs.images.attached import Attached
 from lazyfs.serving.device import DataDevice
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.trace import Traces
+from lazyfs.sources.access import Access
 from lazyfs.sources.source import Source
 from lazyfs.sources.transfer import TransferCounters
 from lazyfs.system.process import resident_bytes
+
+_LOCAL = Access()
 
 
 @dataclass(slots=True)
@@ -43,11 +46,22 @@ class Image:
         for device in self.layers:
             device.promise(self.manifest_digest, timeout_s)
 
-    def begin_trace(self, direct: frozenset[ContentRoot] = frozenset(), *, recorded: bool = False) -> None:
-        """A root of it is made: what is read now is a start. `direct`: layers that the kernel reads by itself.
-        `recorded`: it is over when `end_trace` says so, and else does not count."""
+    def begin_trace(
+        self, direct: frozenset[ContentRoot] = frozenset(), *, access: Access = _LOCAL, recorded: bool = False
+    ) -> None:
+        """A root of it is made: what is read now is a start, from which is learned what `access` says. `direct`: layers
+        that the kernel reads by itself. `recorded`: it is over when `end_trace` says so, and else does not count."""
+        if not access.learns:
+            return
+        pushes = access if access.learn == "push" and not access.offline and not recorded else None
         self.traces.begin(
-            self.manifest_digest, self.reference, self.namespace_path, self.layers, direct, recorded=recorded
+            self.manifest_digest,
+            self.reference,
+            self.namespace_path,
+            self.layers,
+            direct,
+            recorded=recorded,
+            pushes=pushes,
         )
 
     async def end_trace(self) -> int:
@@ -59,12 +73,15 @@ class Image:
         the whole process."""
         sources = (self.source.counters, self.index_source.counters, *self.counters)
         counters = list({id(one): one for one in sources}.values())
+        foreseen = [device.fetcher.foreseen() for device in self.layers]
         return {
             "bytes_fetched": sum(one.bytes_fetched for one in counters),
             "requests": sum(one.requests for one in counters),
             "retries": sum(one.retries for one in counters),
             "blocks_present": sum(device.layer.present_blocks() for device in self.layers),
             "blocks_total": sum(device.layer.table.count for device in self.layers),
+            "blocks_foreseen": sum(count for count, _ in foreseen),
+            "blocks_awaited": sum(absent for _, absent in foreseen),
             "cache_hits": sum(device.hits for device in self.layers),
             "cache_misses": sum(device.misses for device in self.layers),
             "bytes_read": sum(device.bytes_read for device in self.layers),

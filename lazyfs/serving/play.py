@@ -16,6 +16,7 @@ from lazyfs.core.starts.pack import PackHead
 from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.images.packs import FoundPack
 from lazyfs.serving.dispatch import Dispatcher
+from lazyfs.serving.foresight import play_known
 from lazyfs.serving.image import Image
 from lazyfs.serving.packblob import Advances, PackBlob
 from lazyfs.serving.packsource import PackSource
@@ -30,6 +31,8 @@ MAX_FAILURES = 20
 MAX_TRIES = 5
 PAUSE_S = 0.5
 _CLOSE_S = 2.0
+# An index repository may be slow to say that it has no pack: what is known here does not wait longer for it.
+_SEARCH_S = 0.1
 _MAX_PACKS = 2  # that are tried: the best one may be damaged
 
 
@@ -49,11 +52,17 @@ class Player:
         cache: CacheDirectory,
         manifest_digest: Digest,
         find: Callable[[], Awaitable[Sequence[FoundPack]]],
+        learns: bool = False,
     ) -> None:
-        """`find` gives the image's packs, the best first, whose sources stay open as long as the image's dispatcher."""
+        """`find` gives the image's packs, the best first, whose sources stay open as long as the image's dispatcher.
+        `learns`: what earlier starts on this host touched is fetched ahead, too."""
         self._cache = cache
         self._digest = manifest_digest
         self._find = find
+        self._learns = learns
+        self._searched = trio.Event()  # whether there is a pack is known
+        self._has_pack = False
+        self._played = trio.Event()  # the pack is over
         self._decoders = decoders
         self._advances = advances
         self._image: Image  # once it is opened
@@ -84,13 +93,32 @@ class Player:
                     await self._opened.wait()
                     if await trio.to_thread.run_sync(_is_played_out, self._cache, self._image):
                         return
-                for found in (await self._find())[:_MAX_PACKS]:
-                    if await self._plays(found):
-                        break
+                async with open_nursery() as nursery:
+                    if self._learns:
+                        nursery.start_soon(self._play_known)
+                    await self._play_packs()
         except Exception:
             log.exception("playing failed in an unforeseen way")
         finally:
             self._ended.set()
+
+    async def _play_packs(self) -> None:
+        found = (await self._find())[:_MAX_PACKS]
+        self._has_pack = bool(found)
+        self._searched.set()
+        for one in found:
+            if await self._plays(one):
+                break
+        self._played.set()
+
+    async def _play_known(self) -> None:
+        """What earlier starts on this host touched: all of it without a pack, else what that did not bring."""
+        await self._opened.wait()
+        with trio.move_on_after(_SEARCH_S):
+            await self._searched.wait()
+        if self._has_pack:
+            await self._played.wait()
+        await play_known(self._cache, self._image, own=self._has_pack)
 
     async def _plays(self, found: FoundPack) -> bool:
         """Plays a pack, or says that it is none."""

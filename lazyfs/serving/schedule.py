@@ -199,12 +199,12 @@ class Schedule(Generic[T]):
                 found |= late.tickets
         return [ticket for ticket in found if not ticket.left]
 
-    def drop(self, rank: Rank) -> None:
-        """Forgets what is queued at a rank and nobody waits for."""
-        queued = [(source, piece) for source, pieces in self._queues[rank].items() for piece in pieces]
-        for key in queued:
-            if key not in self._tickets:
-                self._take(key, rank)
+    def drop(self, source: BlockSource, rank: Rank) -> None:
+        """Forgets what of a source is queued at a rank, unless somebody waits for it."""
+        for piece in list(self._queues[rank].get(source, ())):
+            if all(ticket.left for ticket in self._tickets.get((source, piece), ())):
+                self._take((source, piece), rank)
+                self._tickets.pop((source, piece), None)
 
     def clear(self) -> list[T]:
         """Forgets what is queued. Returns who waited for it."""

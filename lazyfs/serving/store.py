@@ -123,7 +123,13 @@ class ImageStore:
         attached = Attached(self.cache, resolved)
         find = functools.partial(find_packs, attached)
         player = Player(
-            self._nursery, self._decoders, self._advances, self.cache, resolved.manifest_digest, find
+            self._nursery,
+            self._decoders,
+            self._advances,
+            self.cache,
+            resolved.manifest_digest,
+            find,
+            resolved.access.learns,
         )
         opened: Image | Missing | None = None
         try:

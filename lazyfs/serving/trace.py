@@ -27,10 +27,13 @@ from lazyfs.cache.profiles import keep_profile, load_profile
 from lazyfs.core.erofs.metadata import Metadata
 from lazyfs.core.layer.blocks import BlockTable
 from lazyfs.core.oci.digests import ContentRoot, Digest
-from lazyfs.core.starts.profile import MAX_TOUCHES
+from lazyfs.core.starts.matching import Block
+from lazyfs.core.starts.profile import MAX_TOUCHES, Profile
 from lazyfs.core.starts.recording import FileData, files, record
 from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.serving.device import DataDevice
+from lazyfs.serving.learning import PUSH_S, Improver
+from lazyfs.sources.access import Access
 
 log = logging.getLogger("lazyfs.serving")
 
@@ -55,6 +58,7 @@ class Trace:
         layers: Sequence[DataDevice],
         direct: frozenset[ContentRoot],
         recorded: bool = False,
+        pushes: Access | None = None,
     ) -> None:
         self.image = image
         self.reference = reference
@@ -66,6 +70,7 @@ class Trace:
         }
         self.partial = bool(direct)  # not all that the start touches is seen
         self.recorded = recorded  # somebody will say when it is over; if nobody does, it does not count
+        self.pushes = pushes  # how the image is reached, if its startup pack is to be improved
         self.first: dict[int, float] = {}  # layer << 32 | block -> when it was touched first, monotonic
         self.begun_at: float | None = None  # trio time of the first touch
         self.grew_at = 0.0  # trio time of the last one
@@ -90,6 +95,8 @@ class Traces:
         self._nursery = nursery
         self._open: dict[Digest, Trace] = {}
         self._ending: set[Trace] = set()  # whose profiles are being made
+        self._improver = Improver(cache)
+        self._improving: dict[Trace, trio.Event] = {}  # whose packs are being improved
         self._threads = trio.CapacityLimiter(1)
         self._ticking = False
 
@@ -102,11 +109,13 @@ class Traces:
         direct: frozenset[ContentRoot] = frozenset(),
         *,
         recorded: bool = False,
+        pushes: Access | None = None,
     ) -> None:
         """A root of an image is made. `layers`: in the order of the namespace's device table. `direct`: those that the
-        kernel reads by itself. `recorded`: nothing but `end` ends the trace so that it is kept."""
+        kernel reads by itself. `recorded`: nothing but `end` ends the trace so that it is kept. `pushes`: how the image
+        is reached, if what is learned improves its startup pack."""
         self.leave(image)
-        trace = Trace(image, reference, namespace_path, layers, direct, recorded)
+        trace = Trace(image, reference, namespace_path, layers, direct, recorded, pushes)
         for device in trace.seen:
             self._look_at(device)  # what was read before counts for others only
             if device.reads is None:
@@ -115,6 +124,12 @@ class Traces:
         if not self._ticking:
             self._ticking = True
             self._nursery.start_soon(self._tick)
+
+    def touched(self, image: Digest) -> list[Block]:
+        """What a start of an image that is being traced touched so far, in the order in which that was noticed."""
+        trace = self._open.get(image)
+        mask = (1 << _BLOCK_BITS) - 1
+        return [(key >> _BLOCK_BITS, key & mask) for key in trace.first] if trace is not None else []
 
     async def end(self, image: Digest) -> int:
         """Ends the trace of an image, if it has one. Returns how many blocks were touched, once all of that is in the
@@ -142,13 +157,18 @@ class Traces:
         return trace
 
     async def finish(self, limit_s: float, *, partial: bool = False) -> None:
-        """Ends all traces, within a time, because the process ends. `partial`: the starts go on without it."""
+        """Ends all traces, within a time, because the process ends; and waits while packs are improved, unless somebody
+        waits for the process. `partial`: the starts go on without it, in a successor."""
         for trace in list(self._open.values()):
             trace.partial |= partial
             self.leave(trace.image)
         with trio.move_on_after(limit_s):
             for trace in list(self._ending):
                 await trace.kept.wait()
+        if not partial:
+            with trio.move_on_after(PUSH_S):
+                for improved in list(self._improving.values()):
+                    await improved.wait()
 
     async def _tick(self) -> None:
         """Looks at what was read, until no trace is open."""
@@ -187,9 +207,12 @@ class Traces:
         """Makes the profile of a start, and adds it to the image's. A failure is only logged."""
         try:
             layers = [(device.content_root, device.layer.table) for device in trace.layers]
-            await trio.to_thread.run_sync(
+            start = await trio.to_thread.run_sync(
                 _keep, self._cache, trace, layers, limiter=self._threads, abandon_on_cancel=True
             )
+            if trace.pushes is not None and not trace.partial:
+                self._improving[trace] = trio.Event()
+                self._nursery.start_soon(self._improve, trace, trace.pushes, start)
         except LazyfsError as error:
             log.warning("what a start of %s touched is not kept: %s", trace.reference, error)
         except Exception as error:  # it only saves time, and must not end the process
@@ -198,15 +221,22 @@ class Traces:
             self._ending.discard(trace)
             trace.kept.set()
 
+    async def _improve(self, trace: Trace, access: Access, start: Profile) -> None:
+        try:
+            await self._improver.improve(trace.image, trace.reference, access, start)
+        finally:
+            self._improving.pop(trace).set()
 
-def _keep(cache: CacheDirectory, trace: Trace, layers: Sequence[tuple[ContentRoot, BlockTable]]) -> None:
-    """In a worker thread. Raises HostError."""
+
+def _keep(cache: CacheDirectory, trace: Trace, layers: Sequence[tuple[ContentRoot, BlockTable]]) -> Profile:
+    """The profile of the start, which was added to the image's. In a worker thread. Raises HostError."""
     order = sorted(trace.first.items(), key=lambda item: item[1])[:MAX_TOUCHES]
     begun_s = order[0][1]
     mask = (1 << _BLOCK_BITS) - 1
     first_ms = {(key >> _BLOCK_BITS, key & mask): round(1000 * (at_s - begun_s)) for key, at_s in order}
     start = record(layers, first_ms, _files(trace.namespace_path), load_profile(cache, trace.image))
     keep_profile(cache, trace.image, trace.reference, start, partial=trace.partial)
+    return start
 
 
 def _files(namespace_path: str) -> Iterator[FileData]:

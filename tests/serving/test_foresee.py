@@ -8,7 +8,7 @@ import trio.testing
 
 from lazyfs.core.layer.plan import REQUEST_BYTES, Cost
 from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES
-from lazyfs.serving.schedule import PACK_SLOTS, Rank
+from lazyfs.serving.schedule import PACK_SLOTS
 from tests.serving.rig import KINDS, LAYER, Fault, FixedCost, cut, flip, refuse, rig, stored
 
 
@@ -85,7 +85,7 @@ async def test_a_read_waits_for_nothing_that_was_foreseen() -> None:
             await it.read(*it.blocks(table.count - 1))
             await it.read(*it.blocks((table.count - 5) // 3 * 3))
         assert not it.handle.layer.has(0)
-        it.dispatchers[0].drop(Rank.PACK)
+        it.handle.fetcher.forget_foreseen()
         stuck.set()
         await it.landed()
         assert len(it.source.ranges) <= PACK_SLOTS + 4

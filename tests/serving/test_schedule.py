@@ -296,16 +296,18 @@ def test_no_more_is_begun_for_a_start_while_many_batches_are_in_flight() -> None
 
 
 def test_what_was_wanted_for_a_start_is_dropped_unless_somebody_waits() -> None:
-    schedule, source = Schedule[Ticket](slots=2), Pieces(1)
+    schedule, source, other = Schedule[Ticket](slots=2), Pieces(1), Pieces(1)
     for piece in (1, 2, 3):
         schedule.want(source, part(piece), Rank.PACK)
+    want(schedule, source, 2, Rank.PACK).leave()
+    schedule.want(other, part(2), Rank.PACK)
     waits = want(schedule, source, 3, Rank.PACK)
     (flying,) = schedule.start()
-    schedule.drop(Rank.PACK)
+    schedule.drop(source, Rank.PACK)
     schedule.ended(flying, None)
     (batch,) = schedule.start()
     assert pieces([flying, batch]) == [[1], [3]] and schedule.ended(batch, None) == [waits]
-    assert schedule.idle
+    assert [batch.source for batch in schedule.start()] == [other]
 
 
 def test_clearing_wakes_those_whose_wish_was_queued() -> None:
