@@ -36,7 +36,7 @@ _LONGEST_S = 86400.0
 
 
 class _Place(NamedTuple):
-    """Where a pack is attached. `repository`: as push_pack() takes it; `directory`: of --output."""
+    """Where a pack is attached. `repository`: as improve_pack() takes it; `directory`: of --output."""
 
     repository: str
     name: str

@@ -16,7 +16,6 @@ from lazyfs.cache.images import forget_lacking, forget_packs
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.core.oci.digests import ContentRoot, Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
-from lazyfs.core.oci.reference import DirectoryReference
 from lazyfs.core.oci.referrers import build_artifact
 from lazyfs.core.starts.pack import (
     MAX_PACK_BYTES,
@@ -31,9 +30,8 @@ from lazyfs.core.starts.profile import Profile, includes, merge
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound
 from lazyfs.images.packs import BLOB, BYTES, REVISION, STARTS, FoundPack, listed_packs, load_head
 from lazyfs.images.resolve import Resolved
-from lazyfs.indexing.publish import make_layout, place_to_push, subject_of
-from lazyfs.sources.access import Access
-from lazyfs.sources.source import Source, open_source
+from lazyfs.indexing.publish import place_to_push, subject_of
+from lazyfs.sources.source import Source
 from lazyfs.tasks import together
 
 _ROUNDS = 6  # of looking again whether somebody else pushed a pack meanwhile
@@ -207,24 +205,6 @@ async def _bring(cache: CacheDirectory, packs: Sequence[KnownPack], profile: Pro
             await together(*(functools.partial(fetch, pack, number) for number in numbers), at_most=_FETCHES_AT_ONCE)
 
 
-async def push_pack(
-    cache: CacheDirectory,
-    resolved: Resolved,
-    pack: bytes,
-    repository: str = "",
-    former: Iterable[Digest] | None = None,
-) -> Digest:
-    """Attaches a pack to its image where that comes from, or in an index repository; returns its artifact's digest.
-
-    It takes the place of `former`, artifacts of packs that are there, or of all that are there. What others attach
-    meanwhile stays. Nothing but the pack and the artifact is uploaded. Safe to repeat. Raises LazyfsError.
-    """
-    async with place_to_push(resolved, repository) as (source, place):
-        digest = await attach_pack(source, place, resolved, pack, former)
-    _note_pushed(cache, resolved, place)
-    return digest
-
-
 def _note_pushed(cache: CacheDirectory, resolved: Resolved, place: str) -> None:
     forget_packs(cache, resolved.manifest_digest)
     if place:
@@ -232,11 +212,15 @@ def _note_pushed(cache: CacheDirectory, resolved: Resolved, place: str) -> None:
 
 
 async def attach_pack(
-    source: Source, place: str, resolved: Resolved, pack: bytes, former: Iterable[Digest] | None = None
+    source: Source, place: str, resolved: Resolved, pack: bytes, former: Collection[Digest] = ()
 ) -> Digest:
-    """As push_pack, at `source`."""
+    """Attaches a pack to its image at `source`; returns its artifact's digest.
+
+    It takes the place of `former`, artifacts of packs that are there. What others attach meanwhile stays. Nothing but
+    the pack and the artifact is uploaded. Safe to repeat. Raises LazyfsError.
+    """
     there = await _packs_at(source, place, resolved)
-    gone = {one.artifact.digest for one in there} if former is None else set(former)
+    gone = set(former)
     blob_digest = await trio.to_thread.run_sync(sha256_digest, pack)
     if there and there[0].digest == blob_digest:
         digest = there[0].artifact.digest  # it is the best one already
@@ -264,13 +248,3 @@ def _artifact(resolved: Resolved, pack: bytes, revision: int) -> bytes:
     starts = Profile.decode(parse_head(pack, len(pack)).profile).starts
     annotations = {BLOB: blob.digest, BYTES: str(blob.size_bytes), STARTS: str(starts), REVISION: str(revision)}
     return build_artifact(PACK_ARTIFACT_TYPE, [blob], subject_of(resolved), annotations)
-
-
-async def write_pack_layout(directory: str, resolved: Resolved, pack: bytes) -> Digest:
-    """Writes the pack into an OCI image layout at `directory`, made if it is missing, in the place of those that are
-    there; returns its artifact's digest."""
-    layout = open_source(DirectoryReference(make_layout(directory)), Access())
-    try:
-        return await attach_pack(layout, "", resolved, pack)
-    finally:
-        await layout.aclose()

@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from lazyfs.cache.directory import CacheDirectory
-from lazyfs.cache.images import namespace_path
+from lazyfs.cache.images import forget_packs, namespace_path
 from lazyfs.cache.profiles import load_profile
 from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.starts.pack import PackHead
-from lazyfs.errors import ImageError, LazyfsError
+from lazyfs.errors import ImageError, LazyfsError, NotFound
 from lazyfs.images.packs import FoundPack
 from lazyfs.serving.dispatch import Dispatcher
 from lazyfs.serving.foresight import play_known
@@ -124,8 +124,9 @@ class Player:
         """Plays a pack, or says that it is none."""
         try:
             await self._take(found)
-        except ImageError as error:
+        except (ImageError, NotFound) as error:
             log.warning("the startup pack %s is of no use: %s", found.digest[:19], error)
+            forget_packs(self._cache, self._digest)  # it may have been replaced since it was found
             return False
         except LazyfsError as error:
             log.warning("the startup pack %s cannot be played: %s", found.digest[:19], error)

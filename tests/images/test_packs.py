@@ -25,11 +25,11 @@ from lazyfs.images.documents import Found, find_index
 from lazyfs.images.elsewhere import ANSWER_S
 from lazyfs.images.packs import FoundPack, find_packs, load_head
 from lazyfs.images.resolve import close_source
-from lazyfs.indexing.packs import make_pack, push_pack
+from lazyfs.indexing.packs import make_pack
 from lazyfs.indexing.publish import push_index
 from lazyfs.sources.source import Source
 from tests.indexing.localimages import OPTIONS, big_layer, indexed, resolved, small_layer, write_image
-from tests.indexing.somestarts import some_starts
+from tests.indexing.somestarts import push_pack, some_starts
 from tests.layout import push
 from tests.servers import FaultProxy, RegistryServer, Rule
 
@@ -56,7 +56,7 @@ class Case(NamedTuple):
                 await push_index(self.maker, it, built, index)
             made = await make_pack(self.maker, it.manifest_digest, some_starts(built, blocks))
             if pack is not None:
-                await push_pack(self.maker, it, made, pack)
+                await push_pack(it, made, pack)
         self.proxy.clear()
         return made
 

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.layer.blocks import BlockTable
-from lazyfs.core.oci.digests import ContentRoot
-from lazyfs.core.starts.pack import FrameDecoder, parse_head
+from lazyfs.core.oci.digests import ContentRoot, Digest
+from lazyfs.core.starts.pack import PACK_ARTIFACT_TYPE, FrameDecoder, parse_head
 from lazyfs.core.starts.profile import DIGEST_BYTES, Profile, Touch
+from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.assemble import BuiltIndex
+from lazyfs.indexing.packs import attach_pack
+from lazyfs.indexing.publish import place_to_push
 from tests.indexing.localimages import layer_heads
 
 
@@ -30,6 +33,13 @@ def some_starts(built: BuiltIndex, blocks: Iterable[int] = range(64), starts: in
         if block < table.count
     ]
     return Profile(tuple(opened), starts, tuple(touches))
+
+
+async def push_pack(it: Resolved, pack: bytes, repository: str = "") -> Digest:
+    """Attaches a pack in the place of those that are there."""
+    async with place_to_push(it, repository) as (source, place):
+        former = [one.digest for one in await source.referrers(it.manifest_digest, PACK_ARTIFACT_TYPE)]
+        return await attach_pack(source, place, it, pack, former)
 
 
 def pack_blocks(pack: bytes) -> dict[tuple[ContentRoot, int], bytes]:

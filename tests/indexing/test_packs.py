@@ -16,12 +16,13 @@ from lazyfs.core.oci.digests import Digest
 from lazyfs.core.starts.pack import PACK_ARTIFACT_TYPE, parse_head
 from lazyfs.core.starts.profile import Profile
 from lazyfs.errors import HostError, NotFound, RemoteError
-from lazyfs.images.packs import FoundPack, listed_packs
+from lazyfs.images.attached import Attached
+from lazyfs.images.packs import FoundPack, find_packs, listed_packs
 from lazyfs.indexing.assemble import BuiltIndex
-from lazyfs.indexing.packs import improve_pack, make_pack, push_pack, write_pack_layout
+from lazyfs.indexing.packs import attach_pack, improve_pack, make_pack
 from lazyfs.indexing.publish import push_index
-from tests.indexing.localimages import big_layer, indexed, resolved, small_layer, write_image
-from tests.indexing.somestarts import cached_blocks, pack_blocks, some_starts
+from tests.indexing.localimages import OPTIONS, big_layer, indexed, resolved, small_layer, write_image
+from tests.indexing.somestarts import cached_blocks, pack_blocks, push_pack, some_starts
 from tests.layout import push
 from tests.servers import FaultProxy, RegistryServer, Rule
 
@@ -43,7 +44,7 @@ class Host:
 
     async def push(self, pack: bytes, repository: str = "") -> str:
         async with resolved(self.cache, self.image) as it:
-            return await push_pack(self.cache, it, pack, repository)
+            return await push_pack(it, pack, repository)
 
     async def improve(self, profile: Profile, repository: str = "") -> int:
         async with resolved(self.cache, self.image) as it:
@@ -157,7 +158,7 @@ async def test_two_packs_are_both_listed_and_the_best_goes_first(tmp_path: Path,
     ]
     async with resolved(one.cache, image) as it:
         for pack in packs:
-            await push_pack(one.cache, it, pack, former=())
+            await attach_pack(it.source, "", it, pack)
     found = await one.attached()
     assert [pack.revision for pack in found] == [3, 2, 1]
     same = [pack._replace(revision=1) for pack in found]
@@ -234,14 +235,21 @@ async def test_an_index_repository_holds_a_pack(tmp_path: Path, image: str) -> N
     assert await one.improve(some_starts(one.built), repository) == 2
 
 
-async def test_a_layout_directory(tmp_path: Path, image: str) -> None:
+async def test_a_directory_keeps_the_last_pack_only(tmp_path: Path, image: str) -> None:
+    """It need not be there; and what this host was told before counts no more."""
     one = await host(tmp_path, image)
-    async with resolved(one.cache, image) as it:
+    repository = f"oci:{tmp_path}/out"
+    async with resolved(one.cache, image, OPTIONS._replace(index_repositories=(repository,))) as it:
+        attached = Attached(one.cache, it)
+        assert await find_packs(attached) == []
         for blocks in ([0], [0, 1]):
-            pack = await one.pack(some_starts(one.built, blocks))
-            await write_pack_layout(str(tmp_path / "out"), it, pack)
+            await one.improve(some_starts(one.built, blocks), repository)
+        await attached.aclose()
+        attached = Attached(one.cache, it)
+        (found,) = await find_packs(attached)
+        await attached.aclose()
     written = [path.stat().st_size for path in (tmp_path / "out/blobs/sha256").iterdir()]
-    assert max(written) == len(pack) and written.count(len(pack)) == 1
+    assert max(written) == found.size_bytes and sum(size > 10_000 for size in written) == 1
 
 
 async def test_a_push_that_fails_changes_nothing(tmp_path: Path, registry: RegistryServer) -> None:

@@ -9,15 +9,16 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs.cache.images import note_packs, noted_packs
 from lazyfs.core.layer.blocks import BLOCK_BYTES
 from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.core.starts import pack as packs
 from lazyfs.core.starts.pack import head_size, parse_head
-from lazyfs.errors import RemoteError
+from lazyfs.errors import NotFound, RemoteError
 from lazyfs.serving import packblob, packsource, play
 from lazyfs.serving.packsource import STALL_S
 from lazyfs.sources.transfer import Take
-from tests.serving.packs import BLOCKS, MANIFEST, PackServer, content, pack_of, played, playing, stream
+from tests.serving.packs import BLOCKS, MANIFEST, PackServer, cache_of, content, pack_of, played, playing, stream
 from tests.serving.rig import LAYER, rig
 
 ORDER = random.Random(7).sample(BLOCKS, len(BLOCKS))
@@ -216,6 +217,22 @@ async def test_a_silent_server_is_given_up() -> None:
         async with playing(it, server) as player:
             with trio.fail_after(10):
                 await player.ended()
+
+
+async def test_a_pack_that_is_gone_is_looked_for_anew_next_time() -> None:
+    """Somebody has replaced it since it was found."""
+
+    async def gone() -> None:
+        raise NotFound("the blob does not exist")
+
+    async with rig("gzip") as it:
+        note_packs(cache_of(it), MANIFEST, b"[]")
+        server = PackServer(PACK, [until(0, gone)] * 100)
+        async with playing(it, server) as player:
+            with trio.fail_after(5):
+                await player.ended()
+        assert len(server.ranges) < 5 and noted_packs(cache_of(it), MANIFEST) is None
+        await it.read()
 
 
 def spoiled(place: int) -> bytes:
