@@ -27,7 +27,7 @@ _PIECE_BYTES = 256 << 10
 class Pace:
     """How quick a server is: how long its answers take to begin, and then to come."""
 
-    _MIN_BYTES = 128 << 10  # less tells nothing about throughput
+    _MIN_BYTES, _MIN_S = 128 << 10, 0.005  # less tells nothing about throughput
 
     def __init__(self) -> None:
         self.answer_s = 0.0  # the quickest; 0: unknown
@@ -37,9 +37,9 @@ class Pace:
         self.answer_s = min(self.answer_s or after_s, after_s)
 
     def brought(self, size_bytes: int, within_s: float) -> None:
-        """An answer has brought so much since it began."""
-        if size_bytes >= self._MIN_BYTES:
-            self.bytes_per_s = size_bytes / max(within_s, 1e-4)
+        """An answer has brought so much since its first piece came."""
+        if size_bytes >= self._MIN_BYTES and within_s >= self._MIN_S:
+            self.bytes_per_s = size_bytes / within_s
 
 
 class Advances:
@@ -136,18 +136,20 @@ class PackBlob:
 
     async def _request(self, start: int, end: int, take: Take) -> None:
         begun_s = trio.current_time()
-        answered_s, came_bytes = begun_s, 0
+        answered_s: float | None = None
+        came_bytes = 0
         with trio.CancelScope(deadline=begun_s + FIRST_BYTE_S) as silence:
 
             async def heard(piece: bytes) -> None:
                 nonlocal answered_s, came_bytes
                 silence.deadline = float("inf")  # what is done with it is not the server's fault
                 now_s = trio.current_time()
-                if not came_bytes:
+                if answered_s is None:
                     answered_s = now_s
                     self.pace.answered(now_s - begun_s)
-                came_bytes += len(piece)
-                self.pace.brought(came_bytes, now_s - answered_s)
+                else:
+                    came_bytes += len(piece)
+                    self.pace.brought(came_bytes, now_s - answered_s)
                 await take(piece)
                 silence.deadline = min(trio.current_time() + SILENCE_S, begun_s + REQUEST_S)
 
