@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench bench-against hellobench hellobench-quick clean
+.PHONY: help setup demo test lint bench bench-against hellobench hellobench-quick hellobench-starts hellobench-against clean
 
 ## help: list the targets
 help:
@@ -52,10 +52,23 @@ hellobench-quick: setup
 	$(PYTHON) -m benchmarks.hellobench run --quick --samples 1 --results hellobench-quick/results.jsonl $(ARGS)
 	$(PYTHON) -m benchmarks.hellobench report --results hellobench-quick/results.jsonl
 
+## hellobench-starts: cold starts with packs, with profiles and without, over LAN and WAN (hours; with BEFORE=DIR another build's, too)
+hellobench-starts: setup
+	$(PYTHON) -m benchmarks.hellobench run --link lan,wan --operation deployment --samples 3 \
+		--mode ctr,lazyfs,lazyfs-noindex,lazyfs-pack,lazyfs-profile $(if $(BEFORE),--before $(BEFORE)) \
+		--results hellobench-starts/results.jsonl $(ARGS)
+	$(PYTHON) -m benchmarks.hellobench report --results hellobench-starts/results.jsonl
+
+## hellobench-against: cold starts of three images held back from tuning, against those of another checkout (BEFORE=DIR)
+hellobench-against: setup
+	$(PYTHON) -m benchmarks.hellobench run --held-back --link loopback,lan,wan --operation deployment --samples 3 \
+		--mode lazyfs,lazyfs-pack,lazyfs-profile --before $(BEFORE) --results hellobench-against/results.jsonl $(ARGS)
+	$(PYTHON) -m benchmarks.hellobench report --results hellobench-against/results.jsonl
+
 ## clean: remove the virtual environment, the installed commands and caches
 clean:
 	tools/install-commands --remove
-	rm -rf $(VENV) build *.egg-info hellobench-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info hellobench-quick hellobench-starts hellobench-against .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps, from the bottom up. /usr/bin/python3 rather than whichever comes first in PATH: the

@@ -10,16 +10,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.hellobench.catalogue import QUICK, WORKLOADS
+from benchmarks.hellobench.catalogue import EVERY, HELD_BACK, QUICK
 from benchmarks.hellobench.links import LINKS
-from benchmarks.hellobench.modes import MODES, OPERATIONS
+from benchmarks.hellobench.modes import BEFORE, MODES, OPERATIONS
 
 # Not where the project keeps its own results: a run goes on with what is missing in the file.
 RESULTS = Path("hellobench-results")
 RESULTS_FILE = "results.jsonl"
 SAMPLES = 5
+
+
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """The type of an option's argument: one of these names, or several with commas between."""
+    choices = list(known)
+
+    def split(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(choices)}")
+        return found
+
+    return split
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,19 +45,25 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="measure starts (root)", description="Measure starts; build images before.")
-    run.add_argument("--workload", action="append", choices=list(WORKLOADS), metavar="NAME",
-                     help="(repeatable; default: all; see `list`)")  # fmt: skip
-    run.add_argument("--quick", action="store_true", help=f"these workloads: {', '.join(QUICK)}")
-    run.add_argument("--link", action="append", choices=list(LINKS), help="(repeatable; default: loopback)")
-    run.add_argument("--mode", action="append", choices=list(MODES), help="(repeatable; default: all)")
-    run.add_argument("--operation", action="append", choices=OPERATIONS, help="(repeatable; default: all)")
-    run.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="of each (default: %(default)s)")
+    def choice(command: argparse.ArgumentParser, option: str, known: Iterable[str], default: str) -> None:
+        help_ = f"(several: with commas or repeated; default: {default})"
+        command.add_argument(option, action="extend", type=names(known), metavar="NAME", help=help_)
 
+    run = commands.add_parser("run", help="measure starts (root)", description="Measure starts; build images before.")
     build = commands.add_parser("build", help="build the images only (root)", description="Build what is missing.")
-    build.add_argument("--workload", action="append", choices=list(WORKLOADS), metavar="NAME",
-                       help="(repeatable; default: all)")  # fmt: skip
-    build.set_defaults(quick=False, mode=["lazyfs"])  # a mode that needs no other image
+    for command in (run, build):
+        choice(command, "--workload", EVERY, "all of HelloBench; see `list`")
+        command.add_argument("--quick", action="store_true", help=f"these workloads: {', '.join(QUICK)}")
+        command.add_argument("--held-back", action="store_true", help=f"these workloads: {', '.join(HELD_BACK)}")
+    choice(run, "--link", LINKS, "loopback")
+    choice(run, "--mode", MODES, f"all; {BEFORE} with --before")
+    choice(run, "--operation", OPERATIONS, "all")
+    run.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="of each (default: %(default)s)")
+    run.add_argument(
+        "--before", type=Path, metavar="DIR",
+        help=f"another checkout of lazyfs, set up, which the mode {BEFORE} starts containers with",
+    )  # fmt: skip
+    build.set_defaults(mode=["lazyfs"], before=None)  # a mode that needs no other image
 
     long = commands.add_parser("long", help="measure long runs, whole images and memory (root)")
     long.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
@@ -50,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="make the table and the figures from the results")
     report.add_argument("--output", type=Path, metavar="DIR", help="(default: where the results are)")
-    for one in (run, long, report):
+    goals = commands.add_parser("goals", help="print what is to be reached, and what the results say")
+    for one in (run, long, report, goals):
         one.add_argument(
             "--results", type=Path, default=RESULTS / RESULTS_FILE, metavar="FILE",
             help="JSON lines; what is there already is not measured again (default: %(default)s)",
@@ -62,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     if args.command == "list":
-        for workload in WORKLOADS.values():
+        for workload in EVERY.values():
             print(f"{workload.name:16} {workload.category:14} {workload.kind}  {workload.ready}")
         return 0
     if args.command == "report":
@@ -70,6 +92,14 @@ def main() -> int:
 
         print("\n".join(f"wrote {path}" for path in report.write(args.results, args.output or args.results.parent)))
         return 0
+    if args.command == "goals":
+        from benchmarks.hellobench import goals, summary
+
+        print(goals.markdown(summary.load(args.results)))
+        return 0
+    if args.command == "run" and BEFORE in (args.mode or []) and args.before is None:
+        print(f"the mode {BEFORE} needs the other checkout: --before DIR", file=sys.stderr)
+        return 2
     if os.geteuid() != 0:
         print("hellobench mounts file systems and makes network namespaces: run it as root", file=sys.stderr)
         return 1

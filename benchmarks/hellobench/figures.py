@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hellobench import startfigures
+from benchmarks.hellobench.lines import Image
 from benchmarks.hellobench.linktables import hit_share
 from benchmarks.hellobench.palette import (
     CATEGORY_COLOURS,
@@ -22,7 +23,7 @@ from benchmarks.hellobench.palette import (
     drawing,
     plain_log,
 )
-from benchmarks.hellobench.summary import DEPLOYMENT, OURS, SECOND, Results, median, order
+from benchmarks.hellobench.summary import DEPLOYMENT, OURS, PACK, SECOND, Results, median, order
 from benchmarks.hellobench.workloads import CATEGORIES
 
 OVERLAYFS = "overlayfs"
@@ -91,22 +92,31 @@ def caption(path: Path) -> str:
     return _CAPTIONS[kind].format(link)
 
 
+def _byte_panels(results: Results, images: Sequence[Image]) -> list[tuple[str, Mapping[str, float | None]]]:
+    """(title, workload -> bytes), of the panels with any."""
+
+    def counted(attribute: str, mode: str) -> dict[str, float | None]:
+        links = results.link_names
+        return {
+            image.workload: median(results.of(attribute, image.workload, link, mode, DEPLOYMENT) for link in links)
+            for image in images
+        }
+
+    panels: list[tuple[str, Mapping[str, float | None]]] = [
+        ("needed by the start", {image.workload: image.needed_compressed_bytes for image in images}),
+        (f"fetched by {OURS}, deployment", counted("bytes_fetched", OURS)),
+        (f"when ready, {PACK}, without index", counted("data_bytes", PACK)),
+    ]
+    return [(title, values) for title, values in panels if any(values.values())]
+
+
 def needed_bytes(results: Results, choice: Chosen) -> Any | None:
     """Needed and fetched bytes by image size, logarithmic: one point a workload, hollow if fat."""
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
     images = [results.images[name] for name in choice.names if name in results.images]
-    fetched = {
-        image.workload: median(
-            results.of("bytes_fetched", image.workload, link, OURS, DEPLOYMENT) for link in results.link_names
-        )
-        for image in images
-    }
-    needed = {image.workload: image.needed_compressed_bytes for image in images}
-    panels: list[tuple[str, Mapping[str, float | None]]]
-    panels = [("needed by the start", needed), (f"fetched by {OURS}, deployment", fetched)]
-    panels = [(title, values) for title, values in panels if any(values.values())]
+    panels = _byte_panels(results, images)
     # An image of no size would have no place on a logarithmic axis.
     sizes = [image.compressed_bytes / MB for image in images if image.compressed_bytes]
     if not panels or not sizes:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.command import PROGRAM, Lazyfs
-from benchmarks.hellobench.runners import Counters, RuncContainer, Runner, unique
+from benchmarks.hellobench.runners import FORMER, INDEXED, PACKED, PLAIN, Counters, RuncContainer, Runner, unique
 from benchmarks.host import run
 
 
@@ -22,13 +22,19 @@ class LazyRunner(Runner):
     """
 
     mode = "lazyfs"
+    repository = INDEXED
     indexed = True
     daemon_rests = True
 
-    def __init__(self, directory: Path, template: Path) -> None:
+    def __init__(self, directory: Path, template: Path, program: Path = PROGRAM) -> None:
         super().__init__(directory, template)
-        self._lazyfs = Lazyfs(directory / "cache")
+        self._lazyfs = Lazyfs(directory / "cache", program=program)
         self._mounts: list[Path] = []
+
+    @property
+    def cache(self) -> Path:
+        """The host's cache directory, empty so far."""
+        return self._lazyfs.cache
 
     @contextlib.contextmanager
     def services(self) -> Iterator[None]:
@@ -47,7 +53,7 @@ class LazyRunner(Runner):
 
     def create(self, reference: str) -> RuncContainer:
         bundle = self.directory / unique("bundle")
-        run(PROGRAM, "bundle", "-o", self._lazyfs.options("rw", "insecure", "offline"), reference, bundle)
+        run(self._lazyfs.program, "bundle", "-o", self._lazyfs.options("rw", "insecure", "offline"), reference, bundle)
         return RuncContainer(bundle, lambda: self._lazyfs.umount(bundle / "rootfs"))
 
     def counters(self) -> Counters:
@@ -67,6 +73,7 @@ class UnindexedLazyRunner(LazyRunner):
     """The image has no index: the mount streams its layers once and builds the index meanwhile."""
 
     mode = "lazyfs-noindex"
+    repository = PLAIN
     indexed = False
 
     def counters(self) -> Counters:
@@ -79,6 +86,27 @@ class SharingLazyRunner(LazyRunner):
 
     mode = "lazyfs-shared"
     shares = True
+
+
+class PackedLazyRunner(LazyRunner):
+    """The image has a startup pack in the registry, too, recorded from one start of it elsewhere."""
+
+    mode = "lazyfs-pack"
+    repository = PACKED
+
+
+class ProfiledLazyRunner(LazyRunner):
+    """The image was started on the host, then everything that could be evicted was; there is no pack."""
+
+    mode = "lazyfs-profile"
+    profiled = True
+
+
+class FormerLazyRunner(LazyRunner):
+    """Another build of lazyfs, with an index of its own making."""
+
+    mode = "lazyfs-before"
+    repository = FORMER
 
 
 def cpu_ticks(pid: int) -> int:

@@ -71,7 +71,8 @@ class Image:
 @dataclass(frozen=True)
 class Sample:
     """One operation of one mode on one workload over one link. `total_s`: the sum of the phases that belong to
-    the operation; None where it failed."""
+    the operation; None where it failed. `link_…`: what the link had counted when the container was ready, of all
+    blobs and documents; `link_index_bytes` of the index alone. The others are the daemon's counts afterwards."""
 
     workload: str
     link: str
@@ -92,6 +93,39 @@ class Sample:
     bytes_read: float | None = None
     daemon_cpu_s: float | None = None
     daemon_memory_bytes: float | None = None
+    link_bytes: float | None = None
+    link_requests: float | None = None
+    link_index_bytes: float | None = None
+
+    @property
+    def data_bytes(self) -> float | None:
+        """What came over the link without the index."""
+        if self.link_bytes is None or self.link_index_bytes is None:
+            return None
+        return self.link_bytes - self.link_index_bytes
+
+    @property
+    def cpu_s_per_request(self) -> float | None:
+        return self.daemon_cpu_s / self.requests if self.daemon_cpu_s is not None and self.requests else None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A startup pack in the registry. `record_s`: of `lazyfs record`, its start and its push included."""
+
+    workload: str
+    pack_bytes: float
+    record_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A container with everything in memory: `lazyfs run`, and mount, runc and umount by hand."""
+
+    workload: str
+    round: int
+    run_s: float
+    by_hand_s: float
 
 
 @dataclass(frozen=True)
@@ -131,12 +165,14 @@ class Throughput:
     run: str = ""
 
 
-Record = Host | Link | Image | Sample | Pages | Whole | Throughput
+Record = Host | Link | Image | Sample | Pack | Warm | Pages | Whole | Throughput
 KINDS: dict[str, type[Record]] = {
     "host": Host,
     "link": Link,
     "image": Image,
     "sample": Sample,
+    "pack": Pack,
+    "warm": Warm,
     "pages": Pages,
     "whole": Whole,
     "throughput": Throughput,

@@ -13,8 +13,10 @@ from benchmarks.hellobench.summary import (
     FRESH,
     LINKS,
     LOCAL,
+    NOINDEX,
     OPERATIONS,
     OURS,
+    PACK,
     SECOND,
     Results,
     Speedup,
@@ -179,27 +181,35 @@ def phases_of_each(results: Results, link: str, operation: str, names: Names) ->
     return table(["workload", *(f"{mode}: {what} s" for mode in modes)], rows)
 
 
-COUNTS = ("bytes_fetched", "requests", "bytes_read", "daemon_cpu_s", "daemon_memory_bytes")
+COUNTS = (
+    "bytes_fetched", "requests", "bytes_read", "daemon_cpu_s", "daemon_memory_bytes", "link_bytes", "link_requests",
+    "data_bytes",
+)  # fmt: skip
 _COUNTS_HEADER = [
     "fetched MB", "requests", "read MB", "fetched / needed", "read / needed", "daemon CPU s", "daemon memory MB",
+    "when ready: MB on the link", "requests on the link", "without the index / needed",
 ]  # fmt: skip
 
 
 def _counts(results: Results, name: str, link: str, mode: str) -> list[float | None]:
-    """The counts of a deployment, and the two amplifications: fetched by needed, both compressed; read by needed,
-    neither."""
-    fetched, requests, read, cpu, memory = (results.of(a, name, link, mode, DEPLOYMENT) for a in COUNTS)
+    """The counts of a deployment, and its amplifications: fetched by needed, both compressed; read by needed,
+    neither; and what had come over the link when the container was ready, without the index, by needed."""
+    found = (results.of(a, name, link, mode, DEPLOYMENT) for a in COUNTS)
+    fetched, requests, read, cpu, memory, arrived, asked, data = found
     image = results.images.get(name)
 
     def share(part: float | None, needed: float | None) -> float | None:
         return part / needed if part is not None and needed else None
 
-    compressed = share(fetched, image.needed_compressed_bytes if image else None)
-    return [fetched, requests, read, compressed, share(read, image.needed_bytes if image else None), cpu, memory]
+    needed = image.needed_compressed_bytes if image else None
+    read_share = share(read, image.needed_bytes if image else None)
+    return [fetched, requests, read, share(fetched, needed), read_share, cpu, memory, arrived, asked,
+            share(data, needed)]  # fmt: skip
 
 
 _SHOW: Sequence[Callable[[float | None], str]] = (
     cells.megabytes, cells.whole, cells.megabytes, cells.times, cells.times, cells.digits, cells.megabytes,
+    cells.megabytes, cells.whole, cells.times,
 )  # fmt: skip
 
 
@@ -207,14 +217,41 @@ def _shown(values: Iterable[float | None]) -> list[str]:
     return [show(value) for show, value in zip(_SHOW, values, strict=True)]
 
 
-def counts(results: Results, link: str, names: Names) -> str:
-    """What a deployment by lazyfs fetches and costs, for each workload."""
+def counts(results: Results, link: str, mode: str, names: Names) -> str:
+    """What a deployment by one mode of lazyfs fetches and costs, for each workload."""
     rows = []
     for name in names:
-        found = _counts(results, name, link, OURS)
+        found = _counts(results, name, link, mode)
         if any(value is not None for value in found):
             rows.append([named(results, name), *_shown(found)])
     return table(["workload", *_COUNTS_HEADER], rows)
+
+
+def recorded(results: Results, link: str, names: Names) -> str:
+    """Deployment with a pack, beside the limit and what it is compared with."""
+    rows = []
+    for name in names:
+        if not results.good(name, link, PACK, DEPLOYMENT):
+            continue
+        image, pack = results.images.get(name), results.packs.get(name)
+        rows.append(
+            [
+                named(results, name),
+                cells.megabytes(image.needed_compressed_bytes if image else None),
+                cells.megabytes(pack.pack_bytes if pack else None),
+                cells.digits(pack.record_s if pack else None),
+                cells.digits(results.limit(name, link)),
+                cells.time(results.cell(name, link, PACK, DEPLOYMENT)),
+                cells.times(results.over_limit(name, link, PACK)),
+                *(_gain(results.speedup(name, link, DEPLOYMENT, theirs, PACK)) for theirs in _BESIDE_PACKS),
+                cells.whole(results.of("link_requests", name, link, PACK, DEPLOYMENT)),
+            ]
+        )
+    header = ["workload", "needed MB", "pack MB", "record s", "limit s", f"{PACK} s", "of the limit"]
+    return table([*header, *(f"faster than {mode}" for mode in _BESIDE_PACKS), "requests until ready"], rows)
+
+
+_BESIDE_PACKS = ("ctr", NOINDEX, OURS)
 
 
 def counts_of_modes(results: Results, link: str, names: Names) -> str:

@@ -22,7 +22,7 @@ from benchmarks.hellobench.images import Report
 from benchmarks.hellobench.lazy import LazyRunner
 from benchmarks.hellobench.loads import LOADS, Load, Server, mean
 from benchmarks.hellobench.preparation import TAG, Preparation
-from benchmarks.hellobench.runners import Runner, unique
+from benchmarks.hellobench.runners import INDEXED, Runner, unique
 from benchmarks.hellobench.workloads import Workload
 from benchmarks.host import drop_page_cache, now, run
 
@@ -81,7 +81,7 @@ def host(preparation: Preparation, workload: Workload, mode: str, root: Path) ->
     """A host of either side that has the image, for overlayfs in `root`; and the image's name for its runner."""
     directory = preparation.directory / unique(f"host-{mode}")
     template = preparation.template(workload)
-    reference = f"{preparation.registry.host}/{preparation.repository(workload, indexed=True)}:{TAG}"
+    reference = f"{preparation.registry.host}/{preparation.repository(workload, INDEXED)}:{TAG}"
     runner = LazyRunner(directory, template) if mode == LAZYFS else LocalRunner(directory, template, root)
     try:
         with runner.services():

@@ -14,6 +14,9 @@ MODE_COLOURS = {
     "lazyfs": "#0072B2",
     "lazyfs-noindex": "#56B4E9",
     "lazyfs-shared": "#009E73",
+    "lazyfs-pack": "#CC79A7",
+    "lazyfs-profile": "#F0E442",
+    "lazyfs-before": "#999999",
 }
 CATEGORY_COLOURS = {
     "distro": "#332288",

@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import command
-from benchmarks.attached import index_bytes
+from benchmarks import attached, command
 from benchmarks.command import PROGRAM, Lazyfs
 from benchmarks.hellobench import images, needed, readiness
 from benchmarks.hellobench.eager import LocalRunner
-from benchmarks.hellobench.runners import unique
+from benchmarks.hellobench.runners import INDEXED, PLAIN, unique
 from benchmarks.hellobench.workloads import Workload
 from benchmarks.host import drop_page_cache, now, run
 from tests.layout import Layout, push
 from tests.servers import RegistryServer
 
-# Two repositories with the same image: an index is attached in one of them. Layers are in the registry once.
-INDEXED, PLAIN = "indexed", "plain"
 TAG = "latest"
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What pushing an image for the first time took, in seconds: the image, and its index on top of that."""
+    """What pushing an image for the first time took, in seconds: the image, and its index on top of that.
+
+    `index_blobs`: digests."""
 
     image_s: float
     index_s: float
+    index_blobs: frozenset[str]
     index_bytes: int
 
 
@@ -45,24 +45,24 @@ class Preparation:
         self._templates: dict[str, Path] = {}
         self._lazyfs = Lazyfs(directory / "preparing")
 
-    def repository(self, workload: Workload, indexed: bool) -> str:
-        """The path of a workload's images in the registry."""
-        return f"{INDEXED if indexed else PLAIN}/{workload.name}"
+    def repository(self, workload: Workload, kind: str) -> str:
+        """The path of a workload's images in the registry. `kind`: PLAIN, INDEXED and so on."""
+        return f"{kind}/{workload.name}"
 
     def pushed(self, workload: Workload) -> Pushed:
-        """Bring the image to the registry, and its index."""
+        """Bring the image to the registry, plain and with its index."""
         if workload.name not in self._pushed:
             host = self.registry.host
             started = now()
-            self.push_to(host, images.layout(), workload.name, self.repository(workload, False), TAG)
+            self.push_to(host, images.layout(), workload.name, self.repository(workload, PLAIN), TAG)
             image_s = now() - started
-            self.push_to(host, images.layout(), workload.name, self.repository(workload, True), TAG)
+            self.push_to(host, images.layout(), workload.name, self.repository(workload, INDEXED), TAG)
             started = now()
-            reference = f"{host}/{self.repository(workload, True)}:{TAG}"
+            reference = f"{host}/{self.repository(workload, INDEXED)}:{TAG}"
             command.index(reference, self.directory / "indexing")
             index_s = now() - started
-            size = index_bytes(self.registry.url, reference)
-            self._pushed[workload.name] = Pushed(image_s, index_s, size)
+            index = attached.blobs(self.registry.url, reference)
+            self._pushed[workload.name] = Pushed(image_s, index_s, frozenset(index), sum(index.values()))
         return self._pushed[workload.name]
 
     def push_to(self, host: str, layout: Path, tag: str, repository: str, as_tag: str) -> None:

@@ -6,11 +6,12 @@ from collections import Counter
 
 from benchmarks.hellobench import cells, linktables
 from benchmarks.hellobench.summary import LINKS, LOCAL, MODES, OPERATIONS, Results, order
-from benchmarks.hellobench.workloads import RELATIVE, SAME
+from benchmarks.hellobench.workloads import HELD_BACK, RELATIVE, SAME
 
 CLASSES = {
     SAME: "Class E: the same software as the paper's workload, rebuilt",
     RELATIVE: "Class N: near relatives of the paper's workloads, not the same software",
+    HELD_BACK: "Class H: beside the paper's workloads, held back from tuning",
 }
 PAPER = 57
 FAILURES_SHOWN = 30

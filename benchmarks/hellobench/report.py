@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.hellobench import behind, cells, linktables, ran
+from benchmarks.hellobench import behind, cells, goals, linktables, ran
 from benchmarks.hellobench.summary import (
     EAGER,
     MODES,
     OPERATIONS,
     OURS,
+    PACK,
+    PROFILE,
     Results,
     load,
     median,
@@ -33,7 +35,9 @@ with the 95th percentile in brackets (nearest rank: with fewer than 20 samples t
 fewer than {cells.ENOUGH} samples. "Faster by" is the median of the ratios of pairs from the same round; below 1x \
 {OURS} is slower. The *limit* is the time no system could beat: needed bytes (compressed) / measured bandwidth + \
 3 measured round trips + the start of the unpacked image in memory; deployments carry their multiple of it; \
-lazyfs-shared can be below 1x, since another image has brought a part of the bytes. *Hits* are of the bytes that the \
+lazyfs-shared can be below 1x, since another image has brought a part of the bytes. In lazyfs-pack the registry \
+has a startup pack, recorded from one start elsewhere; in lazyfs-profile the host has started the image before, \
+and everything but the profile was evicted; lazyfs-before is another build. *Hits* are of the bytes that the \
 first start fetched, the share that the second run did not fetch again. \
 MB are 1,000,000 bytes; image and needed MB are compressed. "{cells.DASH}" was not measured."""
 
@@ -48,6 +52,7 @@ def markdown(results: Results, figures: Sequence[tuple[str, str]] = ()) -> str:
         ran.failures(results),
         ran.missing(results),
         f"{DEFINITIONS}\n\n" if results.samples else "",
+        goals.markdown(results),
         limits(results),
         *(of_link(results, link) for link in results.link_names),
         memory(results),
@@ -86,11 +91,15 @@ def _of_class(results: Results, link: str, kind: str) -> str:
         _titled("Distance from the limit", linktables.over_limit(results, link, names)),
         _titled("Phases, medians over workloads", linktables.phases(results, link, names)),
         _titled("Deployment: median s (p95), multiple of the limit", linktables.deployment(results, link, names)),
+        _titled("Deployment with a startup pack", linktables.recorded(results, link, names)),
         _titled("Second run", linktables.second(results, link, names)),
         _titled("Development", linktables.development(results, link, names)),
         *each,
         _titled("Counts of a deployment, medians over workloads", linktables.counts_of_modes(results, link, names)),
-        _titled(f"Counts of a deployment by {OURS}", linktables.counts(results, link, names)),
+        *(
+            _titled(f"Counts of a deployment by {mode}", linktables.counts(results, link, mode, names))
+            for mode in (OURS, PACK, PROFILE)
+        ),
     ]
     return cells.section(f"### {ran.class_title(kind)}", *body)
 

@@ -20,10 +20,11 @@ from typing import Any
 from benchmarks import command
 from benchmarks.hellobench import images, readiness
 from benchmarks.hellobench.eager import LocalRunner
-from benchmarks.hellobench.links import Route
+from benchmarks.hellobench.hosts import Hosts
+from benchmarks.hellobench.links import Counts, Route
 from benchmarks.hellobench.modes import DEPLOYMENT, DEVELOPMENT, MODES, SECOND, operations_of
 from benchmarks.hellobench.preparation import TAG, Preparation
-from benchmarks.hellobench.runners import Counters, Runner, unique
+from benchmarks.hellobench.runners import INDEXED, Counters, Runner, unique
 from benchmarks.hellobench.workloads import Workload
 from benchmarks.host import drop_page_cache, now
 
@@ -42,8 +43,11 @@ class Sample:
     create_s: float | None = None
     run_s: float | None = None
     counters: Counters = field(default_factory=Counters)
-    # What came over the link, as the link counted it.
+    # What had come over the link when the container was ready, as the link counted it; `link_index_bytes` of it was the
+    # image's index.
     link_bytes: int | None = None
+    link_requests: int | None = None
+    link_index_bytes: int | None = None
 
     @property
     def total_s(self) -> float:
@@ -55,6 +59,7 @@ class Round:
     """What all samples of a round have in common."""
 
     preparation: Preparation
+    hosts: Hosts
     workload: Workload
     # Another workload on the same base, whose start ends by itself: a cache is warmed by it.
     neighbour: Workload
@@ -64,22 +69,32 @@ class Round:
     def run(self, modes: Sequence[str], operations: Sequence[str], advance: Callable[[str], None]) -> list[Record]:
         """The records "sample" of all modes. A failure is a record, too. `advance` is told each mode when it is
         done."""
-        order = list(modes)
-        random.shuffle(order)
         records: list[Record] = []
-        with contextlib.ExitStack() as stack:
-            hosts = {}
+        order = []
+        for mode in modes:
+            try:
+                self.hosts.prepare(self.workload, mode)
+                order.append(mode)
+            except _FAILURES as failure:
+                records.append(self._record(mode, DEPLOYMENT, Sample(), failure))
+                advance(mode)
+        random.shuffle(order)
+        # Files are deleted only after the last mode: see `drop_page_cache`.
+        with contextlib.ExitStack() as files, contextlib.ExitStack() as running:
+            hosts, services = {}, {}
             for mode in order:
                 directory = self.preparation.directory / unique(f"host-{mode}")
-                stack.callback(shutil.rmtree, directory, ignore_errors=True)
-                hosts[mode] = MODES[mode](directory, self.preparation.template(self.workload))
-                stack.enter_context(hosts[mode].services())
+                files.callback(shutil.rmtree, directory, ignore_errors=True)
+                hosts[mode] = self.hosts.make(self.workload, mode, directory)
+                services[mode] = running.enter_context(contextlib.ExitStack())
+                services[mode].enter_context(hosts[mode].services())
             if any(MODES[mode].daemon_rests for mode in order):
                 time.sleep(command.DAEMON_REST_S)
             for mode in order:
                 wanted = [operation for operation in operations_of(mode) if operation in operations]
                 if wanted:
                     records += self._measure(hosts[mode], wanted)
+                services[mode].close()  # what it still fetches would disturb the next
                 advance(mode)
         return records
 
@@ -101,7 +116,7 @@ class Round:
     def _measure(self, runner: Runner, operations: Sequence[str]) -> list[Record]:
         records = []
         if runner.shares:
-            reference = self._reference(self.neighbour, runner.indexed, TAG)
+            reference = self._reference(self.neighbour, runner, TAG)
             try:
                 runner.pull(reference)
                 self._start(runner, self.neighbour, reference, Sample())
@@ -111,11 +126,9 @@ class Round:
         # A host has an image only after its deployment, whether that is wanted or not.
         for operation in (DEPLOYMENT, *(o for o in operations if o != DEPLOYMENT)):
             sample, before, error = Sample(), runner.counters(), None
-            arrived = self._arrived_bytes()
             try:
                 steps[operation](runner, sample)
                 sample.counters = runner.counters().since(before)
-                sample.link_bytes = None if arrived is None else (self._arrived_bytes() or 0) - arrived
             except _FAILURES as failure:
                 error = failure
             if operation in operations or error is not None:
@@ -125,20 +138,23 @@ class Round:
         return records
 
     def _deploy(self, runner: Runner, sample: Sample) -> None:
-        reference = self._reference(self.workload, runner.indexed, TAG)
+        reference = self._reference(self.workload, runner, TAG)
         drop_page_cache()
+        before = self.route.counts()
         self._pull(runner, reference, sample)
-        self._start(runner, self.workload, reference, sample)
+        self._start(runner, self.workload, reference, sample, before)
 
     def _again(self, runner: Runner, sample: Sample) -> None:
         drop_page_cache()
-        self._start(runner, self.workload, self._reference(self.workload, runner.indexed, TAG), sample)
+        reference, before = self._reference(self.workload, runner, TAG), self.route.counts()
+        self._start(runner, self.workload, reference, sample, before)
 
     def _develop(self, runner: Runner, sample: Sample) -> None:
         tag = unique(f"changed-{self.number}")
         directory = self.preparation.directory / tag
-        repository = self.preparation.repository(self.workload, runner.indexed)
-        reference = self._reference(self.workload, runner.indexed, tag)
+        repository = self.preparation.repository(self.workload, runner.repository)
+        reference = self._reference(self.workload, runner, tag)
+        before = self.route.counts()
         try:
             changed = images.changed(self.workload.name, f"{runner.mode} {self.route.link.name} {tag}", directory)
             drop_page_cache()
@@ -151,15 +167,18 @@ class Round:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
         self._pull(runner, reference, sample)
-        self._start(runner, self.workload, reference, sample)
+        self._start(runner, self.workload, reference, sample, before)
 
     def _pull(self, runner: Runner, reference: str, sample: Sample) -> None:
         started = now()
         runner.pull(reference)
         sample.pull_s = now() - started
 
-    def _start(self, runner: Runner, workload: Workload, reference: str, sample: Sample) -> None:
-        """Create a container and wait until it is ready. Its end is not measured."""
+    def _start(
+        self, runner: Runner, workload: Workload, reference: str, sample: Sample, before: Counts | None = None
+    ) -> None:
+        """Create a container and wait until it is ready. Its end is not measured. `before`: the link's counts when the
+        operation began."""
         readiness.check_unused(workload.ready)
         started = now()
         container = runner.create(reference)
@@ -172,16 +191,24 @@ class Round:
                 log = container.log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
                 raise readiness.NotReady(f"{error}; standard error ends with: {log}") from None
             sample.create_s, sample.run_s = created - started, ready - created
+            self._count(sample, before)
         finally:
             container.kill()
             container.remove()
 
-    def _arrived_bytes(self) -> int | None:
-        counts = self.route.counts()
-        return None if counts is None else counts.bytes_down
+    def _count(self, sample: Sample, before: Counts | None) -> None:
+        counts = None if before is None else self.route.counts()
+        if before is None or counts is None:
+            return
+        sample.link_bytes = counts.bytes_down - before.bytes_down
+        sample.link_requests = counts.requests - before.requests
+        index = self.preparation.pushed(self.workload).index_blobs
+        sample.link_index_bytes = sum(counts.blobs.get(name, 0) - before.blobs.get(name, 0) for name in index)
 
-    def _reference(self, workload: Workload, indexed: bool, tag: str) -> str:
-        return f"{self.route.host}/{self.preparation.repository(workload, indexed)}:{tag}"
+    def _reference(self, workload: Workload, runner: Runner, tag: str) -> str:
+        # The neighbour is in few repositories.
+        kind = runner.repository if workload is self.workload else INDEXED
+        return f"{self.route.host}/{self.preparation.repository(workload, kind)}:{tag}"
 
     def _record(self, mode: str, operation: str, sample: Sample, error: Exception | None) -> Record:
         return {
@@ -200,5 +227,7 @@ class Round:
             "run_s": sample.run_s,
             "total_s": sample.total_s,
             "link_bytes": sample.link_bytes,
+            "link_requests": sample.link_requests,
+            "link_index_bytes": sample.link_index_bytes,
             **dataclasses.asdict(sample.counters),
         }

@@ -18,6 +18,8 @@ from typing import Any
 from benchmarks.containers import overlay, plain_bundle
 
 KILL_DEADLINE_S = 30.0
+# An image is in several repositories, each with what one kind of host finds there. Layers are in the registry once.
+PLAIN, INDEXED, PACKED, FORMER = "plain", "indexed", "packed", "before"
 _numbers = itertools.count()
 
 
@@ -123,12 +125,15 @@ class Runner(ABC):
     """
 
     mode: str
-    # Whether its images have an index in the registry; building it is part of the push then.
+    # Which of the registry's repositories it pulls from; in an indexed one the index is part of the push.
+    repository = PLAIN
     indexed = False
     # Whether its daemon is at rest only some seconds after it was started.
     daemon_rests = False
     # Whether the host has something of another image when its clock starts.
     shares = False
+    # Whether the host knows what an earlier start of the image read, and has nothing else of it.
+    profiled = False
 
     def __init__(self, directory: Path, template: Path) -> None:
         self.directory = directory

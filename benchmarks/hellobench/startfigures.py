@@ -14,6 +14,8 @@ from benchmarks.hellobench.summary import (
     FRESH,
     LOCAL,
     MODES,
+    OURS,
+    PACK,
     Results,
     order,
 )
@@ -107,14 +109,15 @@ def speedups(results: Results, names: Sequence[str], title: str) -> Any | None:
     from matplotlib import pyplot
 
     panels = []
-    for heading, operation in (
-        (DEPLOYMENT, DEPLOYMENT),
-        (DEVELOPMENT + ", host with the previous version", DEVELOPMENT),
-        (DEVELOPMENT + ", fresh host (computed)", FRESH),
+    for heading, operation, ours in (
+        (DEPLOYMENT, DEPLOYMENT, OURS),
+        (DEPLOYMENT + ", with a startup pack", DEPLOYMENT, PACK),
+        (DEVELOPMENT + ", host with the previous version", DEVELOPMENT, OURS),
+        (DEVELOPMENT + ", fresh host (computed)", FRESH, OURS),
     ):
         gains = {}
         for link in results.link_names:
-            found = [gain for w in names if (gain := results.gain(w, link, operation, "ctr"))]
+            found = [gain for w in names if (gain := results.gain(w, link, operation, "ctr", ours))]
             if found:
                 gains[link] = sorted(found)
         if gains:

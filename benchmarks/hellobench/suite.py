@@ -14,17 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import host
-from benchmarks.hellobench import images, longrun, pages, sandbox, whole
-from benchmarks.hellobench.catalogue import QUICK, WORKLOADS
+from benchmarks.hellobench import images, longrun, pages, sandbox, warm, whole
+from benchmarks.hellobench.catalogue import EVERY, HELD_BACK, QUICK, WORKLOADS
+from benchmarks.hellobench.estimate import Remaining, missing_rounds
+from benchmarks.hellobench.hosts import Hosts
 from benchmarks.hellobench.journal import Journal
 from benchmarks.hellobench.links import LINKS, Link, Route, connected, measured
 from benchmarks.hellobench.machine import facts
-from benchmarks.hellobench.modes import MODES, OPERATIONS, operations_of
+from benchmarks.hellobench.modes import BEFORE, DEPLOYMENT, MODES, OPERATIONS
 from benchmarks.hellobench.preparation import Preparation
 from benchmarks.hellobench.rounds import Round
+from benchmarks.hellobench.summary import OURS
 from benchmarks.hellobench.workloads import Output, Workload
 from tests.servers import RegistryServer
 
+WARM_PAIRS = 10
 REGISTRY_BYTES = 8 << 30  # at most; what is not used takes no memory
 # Containers that every cache may have seen before, on a slim base and on a fat one; the second if the first is itself.
 _NEIGHBOURS = {False: ("python", "perl"), True: ("python-fat", "ruby-fat")}
@@ -32,8 +36,8 @@ _console = Console(stderr=True)
 
 
 def chosen(args: argparse.Namespace) -> list[Workload]:
-    names = list(QUICK) if args.quick else list(WORKLOADS)
-    return [WORKLOADS[name] for name in args.workload or names]
+    names = args.workload or [*(QUICK if args.quick else ()), *(HELD_BACK if args.held_back else ())]
+    return [EVERY[name] for name in dict.fromkeys(names or WORKLOADS)]
 
 
 def neighbour(workload: Workload) -> Workload:
@@ -45,7 +49,9 @@ def neighbour(workload: Workload) -> Workload:
 
 
 def chosen_modes(args: argparse.Namespace) -> list[str]:
-    return args.mode or list(MODES)
+    """Those that were asked for; of all, the other build only if there is one."""
+    modes = args.mode or [mode for mode in MODES if mode != BEFORE]
+    return list(dict.fromkeys([*modes, *([BEFORE] if args.before else [])]))
 
 
 def with_neighbours(workloads: Sequence[Workload], modes: Sequence[str]) -> list[Workload]:
@@ -56,12 +62,19 @@ def with_neighbours(workloads: Sequence[Workload], modes: Sequence[str]) -> list
     return list(wanted.values())
 
 
+def measures_warm(args: argparse.Namespace) -> bool:
+    """What `lazyfs run` adds to a warm start is measured with any deployment by lazyfs."""
+    return args.command == "run" and OURS in chosen_modes(args) and DEPLOYMENT in (args.operation or OPERATIONS)
+
+
 def build(args: argparse.Namespace) -> None:
     """Build the images that are missing."""
     if args.command == "long":
         wanted = [workload for part in (longrun, whole, pages) for workload in part.workloads()]
     else:
         wanted = with_neighbours(chosen(args), chosen_modes(args))
+        if measures_warm(args):
+            wanted = list({w.name: w for w in [*wanted, warm.workload()]}.values())
     with progress() as bar:
         task = bar.add_task("images", total=len(wanted))
 
@@ -85,21 +98,34 @@ def place(results: Path) -> Iterator[tuple[Preparation, Journal]]:
             yield Preparation(directory, registry), journal
 
 
+def say(line: str) -> None:
+    """A line about the time that is left, where no bar says it."""
+    if line and not _console.is_terminal:
+        _console.print(line)
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure starts. Returns the exit code: 1 if samples failed."""
     workloads, modes = chosen(args), chosen_modes(args)
     operations = args.operation or list(OPERATIONS)
     failed = 0
     with place(args.results) as (preparation, journal), progress() as bar:
+        hosts = Hosts(preparation, args.before)
         links = [LINKS[name] for name in args.link or ["loopback"]]
         task = bar.add_task("starting", total=len(links) * len(workloads) * args.samples * (len(modes) + 1))
+        remaining = Remaining(links, workloads, modes, operations, args.samples, journal)
+        if remaining.introduction:
+            _console.print(remaining.introduction)
+        if measures_warm(args) and not journal.has(warm.RECORD, warm.WORKLOAD, WARM_PAIRS - 1):
+            journal.write(warm.measure(preparation, WARM_PAIRS))
         for link in links:
             with connected(link, preparation.registry.host) as route:
                 journal.write([link_record(link, route, preparation.registry)])
                 for workload in workloads:
                     bar.update(task, description=f"{link.name:8} {workload.name}")
-                    suite = _Suite(preparation, journal, route, workload, modes, operations, bar, task)
+                    suite = _Suite(preparation, hosts, journal, route, workload, modes, operations, bar, task)
                     failed += suite.run(args.samples)
+                    say(remaining.after(link, workload))
     if failed:
         _console.print(f"{failed} samples failed; see `error` in {args.results}")
     return 1 if failed else 0
@@ -143,6 +169,7 @@ class _Suite:
     def __init__(
         self,
         preparation: Preparation,
+        hosts: Hosts,
         journal: Journal,
         route: Route,
         workload: Workload,
@@ -151,20 +178,25 @@ class _Suite:
         bar: Progress,
         task: Any,
     ) -> None:
-        self._preparation, self._journal, self._route, self._workload = preparation, journal, route, workload
+        self._preparation, self._hosts, self._journal = preparation, hosts, journal
+        self._route, self._workload = route, workload
         self._modes, self._operations = modes, operations
         self._bar, self._task = bar, task
 
     def run(self, samples: int) -> int:
         """Measure what is missing. Returns how many samples failed."""
         failed = self._local(samples)
-        for number in range(samples):
-            if all(self._done(mode, number) for mode in self._modes):
-                self._bar.advance(self._task, len(self._modes))
-                continue
+        missing = missing_rounds(
+            self._journal, self._route.link, self._workload, self._modes, self._operations, samples
+        )
+        self._bar.advance(self._task, (samples - len(missing)) * len(self._modes))
+        for number in missing:
             # All of the round, also what is there already: ratios are of one time.
             self._prepare()
             records = self._round(number).run(self._modes, self._operations, lambda _: self._bar.advance(self._task))
+            pack = self._hosts.pack_record(self._workload)
+            if pack is not None and not self._journal.has("pack", self._workload.name):
+                self._journal.write([pack])
             self._journal.write(records)
             failed += sum(not record["ok"] for record in records)
         return failed
@@ -190,14 +222,8 @@ class _Suite:
             self._preparation.pushed(workload)
 
     def _round(self, number: int) -> Round:
-        return Round(self._preparation, self._workload, neighbour(self._workload), self._route, number)
-
-    def _done(self, mode: str, number: int) -> bool:
-        return all(
-            self._journal.has_sample(self._workload.name, self._route.link.name, mode, operation, number)
-            for operation in operations_of(mode)
-            if operation in self._operations
-        )
+        other = neighbour(self._workload)
+        return Round(self._preparation, self._hosts, self._workload, other, self._route, number)
 
 
 def progress() -> Progress:

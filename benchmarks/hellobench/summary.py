@@ -18,14 +18,16 @@ from benchmarks.hellobench.lines import (
     Host,
     Image,
     Link,
+    Pack,
     Pages,
     ResultsError,
     Sample,
     Throughput,
+    Warm,
     Whole,
     read,
 )
-from benchmarks.hellobench.workloads import CATEGORIES, RELATIVE, SAME
+from benchmarks.hellobench.workloads import CATEGORIES, HELD_BACK, RELATIVE, SAME
 
 __all__ = ["Cell", "Results", "ResultsError", "Speedup", "load", "median", "p95"]
 
@@ -35,10 +37,11 @@ FRESH = "development, fresh host"
 OPERATIONS = (DEPLOYMENT, SECOND, DEVELOPMENT)
 OURS = "lazyfs"
 EAGER = ("ctr", "umoci")
-MODES = (*EAGER, OURS, "lazyfs-noindex", "lazyfs-shared")
+NOINDEX, PACK, PROFILE, BEFORE = "lazyfs-noindex", "lazyfs-pack", "lazyfs-profile", "lazyfs-before"
+MODES = (*EAGER, OURS, NOINDEX, "lazyfs-shared", PACK, PROFILE, BEFORE)
 LOCAL = "local"
 LINKS = ("loopback", "lan", "wan", "home")
-KINDS = (SAME, RELATIVE)
+KINDS = (SAME, RELATIVE, HELD_BACK)
 # Without which nothing can be fetched: connect, ask for the tag, ask for data.
 ROUND_TRIPS = 3
 # A mode measured on fewer of the workloads than this stays out of averages over workloads.
@@ -136,6 +139,8 @@ class Results:
     links: list[Link] = field(default_factory=list)
     images: dict[str, Image] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    packs: dict[str, Pack] = field(default_factory=dict)
+    warms: list[Warm] = field(default_factory=list)
     pages: list[Pages] = field(default_factory=list)
     wholes: list[Whole] = field(default_factory=list)
     throughputs: list[Throughput] = field(default_factory=list)
@@ -202,12 +207,12 @@ class Results:
         deployment = self.cell(workload, link, mode, DEPLOYMENT).median
         return None if push is None or deployment is None else push + deployment
 
-    def gain(self, workload: str, link: str, operation: str, theirs: str) -> float | None:
+    def gain(self, workload: str, link: str, operation: str, theirs: str, ours: str = OURS) -> float | None:
         """How many times faster ours is: the median over pairs; for FRESH, of the two computed times."""
         if operation != FRESH:
-            return self.speedup(workload, link, operation, theirs).ratio
-        ours, other = self.fresh(workload, link, OURS), self.fresh(workload, link, theirs)
-        return other / ours if ours and other is not None else None
+            return self.speedup(workload, link, operation, theirs, ours).ratio
+        mine, other = self.fresh(workload, link, ours), self.fresh(workload, link, theirs)
+        return other / mine if mine and other is not None else None
 
     def bytes_s(self, link: str) -> float | None:
         return median(record.bytes_s for record in self.links if record.link == link)
@@ -272,6 +277,10 @@ def load(path: Path) -> Results:
                 results.images[record.workload] = record
             case Sample():
                 results.samples.append(record)
+            case Pack():
+                results.packs[record.workload] = record
+            case Warm():
+                results.warms.append(record)
             case Pages():
                 results.pages.append(record)
             case Whole():

@@ -18,7 +18,7 @@ from benchmarks.hellobench.images import Report
 from benchmarks.hellobench.longrun import LAZYFS, Known, Record
 from benchmarks.hellobench.needed import regular_files
 from benchmarks.hellobench.preparation import TAG, Preparation
-from benchmarks.hellobench.runners import unique
+from benchmarks.hellobench.runners import INDEXED, unique
 from benchmarks.hellobench.workloads import Workload
 from benchmarks.measures import read_all
 
@@ -43,7 +43,7 @@ def measure(preparation: Preparation, rounds: int, report: Report, known: Known 
                 continue
             report(f"{workload.name}: whole image", done, total)
             preparation.pushed(workload)
-            reference = f"{preparation.registry.host}/{preparation.repository(workload, indexed=True)}:{TAG}"
+            reference = f"{preparation.registry.host}/{preparation.repository(workload, INDEXED)}:{TAG}"
             sizes = {}
             for mode in MODES if number % 2 == 0 else reversed(MODES):
                 report(f"{workload.name}: whole image, {mode}", done, total)

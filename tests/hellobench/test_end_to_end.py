@@ -1,4 +1,5 @@
-"""The benchmark itself: two workloads, both sides, one sample each; killed half-way and run again.
+"""The benchmark itself: two workloads, containerd, and lazyfs with a pack, a profile or neither, one sample each,
+killed half-way and run again.
 
 The images are real and built here if they are not yet (about a minute on a new machine).
 """
@@ -20,8 +21,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKLOADS, MODES = ("busybox", "redis"), ("ctr", "lazyfs")
-OPERATIONS = ("deployment", "second", "development")
+WORKLOADS = ("busybox", "redis")
+# Each with its operations.
+MODES = {
+    "ctr": ("deployment", "second", "development"),
+    "lazyfs": ("deployment", "second", "development"),
+    "lazyfs-pack": ("deployment", "second"),
+    "lazyfs-profile": ("deployment",),
+}
 DEADLINE_S = 400.0
 
 
@@ -93,7 +100,7 @@ def test_a_run_that_is_killed_half_way_goes_on_where_it_was(tmp_path: Path, plac
     )
     assert done.returncode == 0, done.stderr
     local = [(workload, "local", "local") for workload in WORKLOADS]
-    pairs = [(w, mode, operation) for w in WORKLOADS for mode in MODES for operation in OPERATIONS]
+    pairs = [(w, mode, operation) for w in WORKLOADS for mode in MODES for operation in MODES[mode]]
     assert samples(results) == sorted(local + pairs)
     assert lines(results)[: len(first)] == first
     assert [record["workload"] for record in lines(results) if record["record"] == "image"] == list(WORKLOADS)
@@ -111,6 +118,9 @@ def check(records: list[dict[str, Any]]) -> None:
         assert 0 < image["needed_compressed_bytes"] <= image["needed_bytes"] <= image["tar_bytes"]
         assert sum(layer["compressed_bytes"] for layer in image["layers"]) == image["compressed_bytes"]
     assert images["redis"]["packages"]["redis-server"]
+    packs = {record["workload"]: record for record in records if record["record"] == "pack"}
+    assert packs["busybox"]["pack_bytes"] > 0  # of an image of one file, which a start reads
+    assert 0 < packs["redis"]["pack_bytes"] < images["redis"]["compressed_bytes"] / 2
     for sample in (record for record in records if record["record"] == "sample"):
         steps = [sample[step] for step in ("push_s", "pull_s", "create_s", "run_s") if sample[step] is not None]
         assert sample["total_s"] == pytest.approx(sum(steps))

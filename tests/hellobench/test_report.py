@@ -5,48 +5,15 @@ All numbers that are expected here were computed by hand.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks.hellobench import behind, cells, figures, lines, report, summary
 from benchmarks.hellobench.summary import DEPLOYMENT, DEVELOPMENT, FRESH, SECOND
-
-
-class File:
-    """A results file in the making."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.write_text("")
-
-    def add(self, record: str, **fields: Any) -> None:
-        line = {"record": record, "version": 1, "run": "a", "time": "2026-01-02T03:04:05Z"} | fields
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def image(self, workload: str, kind: str = "E", **fields: Any) -> None:
-        sizes = {"compressed_bytes": 50_000_000, "tar_bytes": 120_000_000, "files": 900, "packages": {}}
-        needed = {"needed_bytes": 25_000_000, "needed_compressed_bytes": 10_000_000}
-        layers = [
-            {"compressed_bytes": 50_000_000, "tar_bytes": 120_000_000, "read_bytes": 25_000_000},
-            {"compressed_bytes": 100, "tar_bytes": 0, "read_bytes": 0},
-        ]
-        image = {"workload": workload, "category": "language", "kind": kind, "fat": False, "layers": layers}
-        self.add("image", **(image | sizes | needed | fields))
-
-    def sample(self, mode: str, total_s: float | None, round_number: int = 0, **fields: Any) -> None:
-        times = {"push_s": None, "pull_s": 0.25, "create_s": 0.05, "run_s": 1.0, "total_s": total_s}
-        names = {"workload": "python", "link": "wan", "operation": DEPLOYMENT, "state": "cold"}
-        outcome = {"ok": total_s is not None, "error": None, "round": round_number, "mode": mode}
-        self.add("sample", **(names | times | outcome | fields))
-
-    def load(self) -> summary.Results:
-        return summary.load(self.path)
+from tests.hellobench.resultsfile import File
 
 
 @pytest.fixture
@@ -62,7 +29,9 @@ def measured(file: File) -> File:
     file.image("python")
     for number, (ctr, ours) in enumerate([(8.0, 2.0), (9.0, 20.0), (10.0, 3.0)]):
         file.sample("ctr", ctr, number)
-        file.sample("lazyfs", ours, number, bytes_fetched=20_000_000, requests=12, bytes_read=50_000_000)
+        counts = {"bytes_fetched": 20_000_000, "requests": 12, "bytes_read": 50_000_000}
+        arrived = {"link_bytes": 16_000_000, "link_index_bytes": 1_000_000, "link_requests": 15}
+        file.sample("lazyfs", ours, number, **counts, **arrived)
         file.sample("local", 0.4 + number / 10, number, link="loopback", operation="local", pull_s=None)
     return file
 
@@ -208,7 +177,7 @@ def test_the_tables_of_a_link(measured: File) -> None:
     assert row(text, "**Summary", "second")[1:4] == ["ctr", "0.50x (0.50 to 0.50)", "0 of 1, 0 %"]
     dash = cells.DASH
     counts = row(text, "**Counts of a deployment by lazyfs**", "python")
-    assert counts[1:] == ["20.0", "12", "50.0", "2.00x", "2.00x", dash, dash]
+    assert counts[1:] == ["20.0", "12", "50.0", "2.00x", "2.00x", dash, dash, "16.0", "15", "1.50x"]
 
 
 def test_the_classes_have_tables_of_their_own_and_only_what_ran_is_claimed(measured: File) -> None:
