@@ -27,8 +27,9 @@ BRIDGE_S = 0.05
 _MIN_BRIDGE_BYTES, _MAX_BRIDGE_BYTES = 256 << 10, 8 << 20
 # A gap of what is here already is fetched along rather than skipped if it takes no longer than a request, nor more.
 _MAX_GAP_BYTES = 1 << 20
-# A pack whose blocks are mostly refused is not worth its bytes.
-_MIN_REFUSED = 32
+# A pack that was made of this image has no block that is refused. Of one that was not, little is fetched in vain.
+_MIN_REFUSED = 16
+_REFUSED_SHARE = 1 / 5
 # So much of an answer is decoded at once, in a thread: first little, since somebody may wait for just that.
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 32 << 10, 256 << 10
 
@@ -191,8 +192,9 @@ class PackSource:
 
     @property
     def useless(self) -> bool:
-        """Whether most of what came was refused."""
-        return self.refused >= _MIN_REFUSED and self.refused > 3 * self.published
+        """Whether much of what came was refused."""
+        all_blocks = self.refused + self.published
+        return self.refused >= _MIN_REFUSED and self.refused > _REFUSED_SHARE * all_blocks
 
     def lacking(self) -> list[int]:
         """The frames that are worth asking for, in order of need. Any thread."""

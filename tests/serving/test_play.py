@@ -273,7 +273,7 @@ WRONG = {
     "longer": (PACK + b"more", 0),
     "reordered": (reordered(), 0),
     "contents of something else": (of_another_layer(), 0),
-    "half of the blocks are wrong": (half_wrong(), 0.45),
+    "half of the blocks are wrong": (half_wrong(), 0.3),
     "of another layer": (pack_of(ORDER, lambda _, block: LAYER.content(block), ContentRoot("ab" * 32)), 0),
     "blocks the layer does not have": (
         pack_of([*range(1000, 1010), *ORDER], lambda root, block: content(root, block) or bytes(BLOCK_BYTES)), 1.0
