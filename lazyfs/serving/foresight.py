@@ -31,7 +31,7 @@ MOST_BYTES = 1 << 30
 MOST_SIMILAR_BYTES = 256 << 20
 # A start is judged by so many blocks that it touched, and again after so long.
 MIN_TOUCHED = 64
-_LOOK_S = 0.25
+LOOK_S = 0.25
 
 
 class Foresight(NamedTuple):
@@ -100,7 +100,7 @@ async def _play(image: Image, foresight: Foresight) -> None:
     for layer, run in itertools.groupby(found.blocks, key=lambda block: block[0]):
         image.layers[layer].fetcher.foresee(block for _, block in run)
     while _absent(image, found):
-        with trio.move_on_after(_LOOK_S):
+        with trio.move_on_after(LOOK_S):
             await image.dispatcher.idle()
             return
         if is_another(found.blocks, image.traces.touched(image.manifest_digest)):

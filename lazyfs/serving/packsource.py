@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import trio
 
@@ -98,7 +98,7 @@ class PackSource:
     def parts(self, layer: ContentRoot, block: int) -> Sequence[Part] | None:
         """As BlockSource. Whoever asks is expected to wait, STALL_S at most: see late()."""
         frame = self._frame_of[layer].get(block)
-        if frame is None or frame in self._over or frame in self._late or self.failed or self._done:
+        if frame is None or frame in self._over or frame in self._late or self.failed or self.is_over:
             return None
         flight = self._flights.get(frame)
         if frame not in self._promises:
@@ -124,7 +124,7 @@ class PackSource:
         free: Callable[[int], bool] | None = None,
     ) -> Batch | None:
         """As BlockSource. What nobody waits for is held back while enough is on its way."""
-        if self._done:
+        if self.is_over:
             return Batch(self, tuple(wanted), Extent(0, 0))  # as quickly forgotten as fetched
         ahead = not self.failed and self._left_bytes <= self._bridge_bytes
         if free is not None and not ahead:
@@ -147,7 +147,7 @@ class PackSource:
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         """As BlockSource. A request that breaks is not repeated here: who wants it does."""
         try:
-            frames = [frame for frame in batch.pieces if not self._done and self._lacks(frame)]
+            frames = [frame for frame in batch.pieces if not self.is_over and self._lacks(frame)]
             self._ended(set(batch.pieces).difference(frames))
             if frames:
                 flight = _Flight(self._head.frames[frames[0]].offset, self._end(frames[-1]))
@@ -183,7 +183,7 @@ class PackSource:
             flight.at = unpacker.at
             self._count(unpacker)
             published()
-            if self._done:
+            if self.is_over:
                 raise RemoteError("the startup pack is played no more")
 
         await self.blob.range(flight.start, flight.end, take)
@@ -196,18 +196,30 @@ class PackSource:
         all_blocks = self.refused + self.published
         return self.refused >= _MIN_REFUSED and self.refused > _REFUSED_SHARE * all_blocks
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it brings nothing any more."""
+        return self._closed or self.useless
+
+    def blocks(self) -> Iterator[tuple[ContentRoot, int]]:
+        """All that can be of use."""
+        for root, blocks in self._frame_of.items():
+            for block in blocks:
+                yield root, block
+
     def lacking(self) -> list[int]:
         """The frames that are worth asking for, in order of need. Any thread."""
         return [frame for frame in range(len(self._blocks)) if frame not in self._over and self._lacks(frame)]
 
     def awaits(self, frames: Sequence[int]) -> bool:
         """Whether one of these has yet to come, and will."""
-        return not self._done and any(frame not in self._over for frame in frames)
+        return not self.is_over and any(frame not in self._over for frame in frames)
 
     def close(self) -> list[int]:
         """Brings nothing any more. Returns frames for which somebody may wait."""
         self._closed = True
         self.blob.close()
+        self._rested.set()
         return list(self._promises)
 
     def go_on(self) -> None:
@@ -268,10 +280,6 @@ class PackSource:
         pace = self.blob.pace
         bridge_bytes = int((pace.answer_s + BRIDGE_S) * pace.bytes_per_s)
         return min(_MAX_BRIDGE_BYTES, max(_MIN_BRIDGE_BYTES, bridge_bytes))
-
-    @property
-    def _done(self) -> bool:
-        return self._closed or self.useless
 
     def _request_ends(self, first: int) -> int:
         """The furthest that a request goes that begins with a frame."""

@@ -16,7 +16,7 @@ from lazyfs.core.starts.pack import PackHead
 from lazyfs.errors import ImageError, LazyfsError, NotFound
 from lazyfs.images.packs import FoundPack
 from lazyfs.serving.dispatch import Dispatcher
-from lazyfs.serving.foresight import play_known
+from lazyfs.serving.foresight import LOOK_S, is_another, play_known
 from lazyfs.serving.image import Image
 from lazyfs.serving.packblob import Advances, PackBlob
 from lazyfs.serving.packsource import PackSource
@@ -155,6 +155,7 @@ class Player:
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(_keep_promises, source, image.dispatcher)
+                nursery.start_soon(_judge, source, image)
                 await _bring(source, image.dispatcher)
                 nursery.cancel_scope.cancel()
         finally:
@@ -171,6 +172,18 @@ async def _keep_promises(source: PackSource, dispatcher: Dispatcher) -> None:
         dispatcher.look_again(source, await source.late())
 
 
+async def _judge(source: PackSource, image: Image) -> None:
+    """Ends it if the start mostly reads what the pack has not: the rest would be fetched in vain."""
+    numbers = {device.content_root: number for number, device in enumerate(image.layers)}
+    known = {(numbers[root], block) for root, block in source.blocks()}
+    while True:
+        await trio.sleep(LOOK_S)
+        if is_another(known, image.traces.touched(image.manifest_digest)):
+            break
+    log.info("%s: this start is another one than its startup pack is of", image.reference)
+    image.dispatcher.look_again(source, source.close())
+
+
 async def _bring(source: PackSource, dispatcher: Dispatcher) -> None:
     """Wants what the pack has and the cache has not, and again what a broken request did not bring."""
     failures = tries = 0  # in all, and since something came
@@ -180,6 +193,8 @@ async def _bring(source: PackSource, dispatcher: Dispatcher) -> None:
             dispatcher.want(source, source.part(frame), Rank.PACK)
         while not source.failed and source.awaits(lacking):
             await source.rested()
+        if source.is_over:
+            return
         if source.failed:
             failures += 1
             tries = tries + 1 if source.published == published else 0
@@ -188,8 +203,6 @@ async def _bring(source: PackSource, dispatcher: Dispatcher) -> None:
             if tries:
                 await trio.sleep(PAUSE_S * 2 ** (tries - 1))
             source.go_on()
-        elif source.useless:
-            return
 
 
 def _has_any(cache: CacheDirectory, layers: Sequence[ContentRoot]) -> bool:

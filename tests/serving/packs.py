@@ -106,7 +106,7 @@ def cache_of(it: Rig) -> CacheDirectory:
 
 
 @asynccontextmanager
-async def playing(it: Rig, server: PackServer) -> AsyncIterator[Player]:
+async def playing(it: Rig, server: PackServer, image: Image | None = None) -> AsyncIterator[Player]:
     """The pack of `server` is played for the rig's image."""
 
 
@@ -114,7 +114,7 @@ async def playing(it: Rig, server: PackServer) -> AsyncIterator[Player]:
         return [server.found]
 
     player = Player(it.nursery, trio.CapacityLimiter(2), Advances(), cache_of(it), MANIFEST, find)
-    player.image_opened(image_of(it))
+    player.image_opened(image or image_of(it))
     try:
         yield player
     finally:

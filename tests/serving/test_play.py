@@ -15,10 +15,21 @@ from lazyfs.core.oci.digests import ContentRoot
 from lazyfs.core.starts import pack as packs
 from lazyfs.core.starts.pack import head_size, parse_head
 from lazyfs.errors import NotFound, RemoteError
-from lazyfs.serving import packblob, packsource, play
+from lazyfs.serving import foresight, packblob, packsource, play
 from lazyfs.serving.packsource import STALL_S
 from lazyfs.sources.transfer import Take
-from tests.serving.packs import BLOCKS, MANIFEST, PackServer, cache_of, content, pack_of, played, playing, stream
+from tests.serving.packs import (
+    BLOCKS,
+    MANIFEST,
+    PackServer,
+    cache_of,
+    content,
+    image_of,
+    pack_of,
+    played,
+    playing,
+    stream,
+)
 from tests.serving.rig import LAYER, rig
 
 ORDER = random.Random(7).sample(BLOCKS, len(BLOCKS))
@@ -305,6 +316,23 @@ async def test_a_pack_that_never_fits_is_given_up_before_its_end(monkeypatch: py
         server = PackServer(of_another_layer())
         await played(it, server)
         assert server.fetched == packblob.BEGINNING_BYTES < len(server.pack)
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_it_ends_if_the_start_reads_mostly_something_else(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresight, "MIN_TOUCHED", 8)
+    monkeypatch.setattr(packblob, "SILENCE_S", 20)
+    async with rig("gzip") as it:
+        image = image_of(it)
+        image.traces.begin(MANIFEST, image.reference, "", image.layers)
+        server = PackServer(PACK if known else pack_of(BLOCKS[:30]), [until(1_000_000, trio.sleep_forever)])
+        async with playing(it, server, image) as player:
+            for block in BLOCKS[30:]:
+                it.handle.read_cached(*it.blocks(block))
+                await it.read(*it.blocks(block))
+            with trio.move_on_after(2) as waiting:
+                await player.ended()
+            assert waiting.cancelled_caught == known
 
 
 @pytest.mark.parametrize("byte", [10, 10_000, FRAMES[2].start + 5, FRAMES[7].start])
