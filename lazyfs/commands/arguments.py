@@ -218,8 +218,8 @@ def _record(add: _Add) -> None:
         description="Runs a container of the image until it is ready, ends it, and makes a startup pack of all\n"
         "that was read until then: at the next mounts that comes in a few large requests, beside the\n"
         "index. What earlier starts on this host and the pack that is attached already tell is merged:\n"
-        "record each command that matters. The container is not changed, and nothing of it is kept.\n"
-        "What it writes goes to standard error.",
+        "record each command that matters. The image is not changed, and nothing of the container is\n"
+        "kept. What it writes goes to standard error.",
         more="Without --push, --push-to and --output this host alone knows what the start needs.\n\n" + help_text(),
     )
     until = record.add_mutually_exclusive_group()
