@@ -260,7 +260,8 @@ def test_whatever_ends_the_command_nothing_is_left(
         process.send_signal(number)
         rest = process.stderr.read()  # to the end of the guard, too, which has it open
         status = process.wait(COMMAND_DEADLINE_S)
-    assert status == (-number if number == signal.SIGKILL else 128 + signal.SIGKILL)
+    # The container's first process ignores the signal, and is killed then; or runc, which has just started it, dies.
+    assert status in ((-number,) if number == signal.SIGKILL else (128 + signal.SIGKILL, 128 + number))
     assert "clean-up" not in rest
     assert set(leaks.RUNTIME_ROOT.glob("own-*")) <= before
     assert not list(Path("/var/lib/lazyfs/containers").glob("record-*"))
