@@ -33,6 +33,7 @@ PAUSE_S = 0.5
 _CLOSE_S = 2.0
 # An index repository may be slow to say that it has no pack: what is known here does not wait longer for it.
 _SEARCH_S = 0.1
+_TURN_FRAMES = 256  # that are wanted in one turn of the loop
 _MAX_PACKS = 2  # that are tried: the best one may be damaged
 
 
@@ -189,8 +190,10 @@ async def _bring(source: PackSource, dispatcher: Dispatcher) -> None:
     failures = tries = 0  # in all, and since something came
     while lacking := await trio.to_thread.run_sync(source.lacking):
         published = source.published
-        for frame in lacking:
+        for number, frame in enumerate(lacking):
             dispatcher.want(source, source.part(frame), Rank.PACK)
+            if number % _TURN_FRAMES == _TURN_FRAMES - 1:
+                await trio.lowlevel.checkpoint()  # a hostile pack may have a frame for each block
         while not source.failed and source.awaits(lacking):
             await source.rested()
         if source.is_over:
