@@ -12,7 +12,9 @@ from lazyfs.sources.transfer import Take
 
 # So much is asked for before the image is open, and kept in memory till then: what a link of 200 Mbit/s brings by then.
 # If some of the image's layers are here already, it is not known what of that is needed: then less.
+# Over a slow link no more comes than in that time: it shares the link with the index, for which the mount waits.
 BEGINNING_BYTES = 16 << 20
+BEGINNING_S = 0.6
 SHORT_BEGINNING_BYTES = 1 << 20
 # What takes longer than a request for spans at most does goes beside these.
 BULK_BYTES = REQUEST_BYTES
@@ -63,7 +65,7 @@ class PackBlob:
         self._taken_bytes = self._beginning_ends
         advances.left_bytes -= self._taken_bytes
         self._more = trio.Event()  # set, and replaced, when the beginning grew or ended
-        self._ended = self._closed = False
+        self._ended = self._opened = self._closed = False
 
     @property
     def beginning_ends(self) -> int:
@@ -76,10 +78,12 @@ class PackBlob:
         async def take(piece: bytes) -> None:
             self._beginning += piece
             self._grew()
+            if not self._opened and trio.current_time() > until_s:
+                self.shorten_beginning()
             if len(self._beginning) >= self._beginning_ends < asked_to:
                 raise RemoteError("that is enough")
 
-        asked_to = self._beginning_ends
+        asked_to, until_s = self._beginning_ends, trio.current_time() + BEGINNING_S
         try:
             await self._request(0, asked_to, take)
         except LazyfsError:
@@ -94,6 +98,10 @@ class PackBlob:
         self._advances.left_bytes += self._taken_bytes
         self._taken_bytes = 0
         self._beginning = bytearray()
+
+    def opened(self) -> None:
+        """The image is open: the mount waits for nothing any more."""
+        self._opened = True
 
     def shorten_beginning(self) -> None:
         """Some of it may be here already: no more of the beginning comes than must."""

@@ -142,6 +142,7 @@ class Player:
                 if await trio.to_thread.run_sync(_has_any, self._cache, head.layers):
                     blob.shorten_beginning()
                 await self._opened.wait()
+                blob.opened()
                 self._image.counters.append(found.source.counters)
                 await self._play(self._image, blob, head)
                 nursery.cancel_scope.cancel()

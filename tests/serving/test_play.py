@@ -97,6 +97,25 @@ async def test_little_is_asked_for_in_advance_if_some_of_it_may_be_here(monkeypa
         assert server.sent < (2 << 20) + (64 << 10) and len(server.ranges) == 1
 
 
+async def test_what_comes_before_the_image_is_open_leaves_room_for_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packblob, "SHORT_BEGINNING_BYTES", 1 << 20)
+    monkeypatch.setattr(packblob, "BEGINNING_S", -1.0)
+    for is_open in (False, True):
+        server = PackServer(PACK)
+        blob = packblob.PackBlob(server.found, packblob.Advances())
+        if is_open:
+            blob.opened()
+        await blob.begin()
+        assert server.sent == (4 << 20 if is_open else 1 << 20) == blob.beginning_ends
+        pieces: list[bytes] = []
+
+        async def take(piece: bytes, into: list[bytes] = pieces) -> None:
+            into.append(piece)
+
+        await blob.range(1000, 2 << 20, take)
+        assert b"".join(pieces) == PACK[1000 : 2 << 20]
+
+
 async def test_beginnings_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packblob, "SHORT_BEGINNING_BYTES", 1 << 20)
     advances = packblob.Advances(5 << 20)
