@@ -35,7 +35,8 @@ class LayerFetcher:
         self._suppliers: list[_Supplier] = []  # in the order in which they are asked
         self._demanded_bytes = 0  # of blocks that were missing when they were read
         self._readahead = Readahead()
-        self._foreseen: set[int] = set()  # what follows these is known, too: there is nothing to guess
+        # Block -> where it was to come from. What follows these is known, too: there is nothing to guess.
+        self._foreseen: dict[int, BlockSource] = {}
 
     @property
     def sources(self) -> list[BlockSource]:
@@ -67,7 +68,7 @@ class LayerFetcher:
         try:
             while missing:
                 supplier = self._ask(missing, rank, reader)
-                if rank is Rank.READ and not guessed and not self._foreseen.issuperset(missing):
+                if rank is Rank.READ and not guessed and not self._foreseen.keys() >= set(missing):
                     self._guess(missing, supplier)
                     guessed = True
                 await reader.woken()
@@ -95,7 +96,7 @@ class LayerFetcher:
                 supplier, parts = self._offer(block, reader)
                 for part in parts:
                     supplier.want(part, Rank.PACK)
-                self._foreseen.add(block)
+                self._foreseen[block] = supplier.source
 
     def foreseen(self) -> tuple[int, int]:
         """How many blocks were foreseen, and how many of these are still absent."""
@@ -104,9 +105,11 @@ class LayerFetcher:
 
     def forget_foreseen(self) -> None:
         """What was foreseen, and is not on its way, is not fetched, unless it is read."""
+        sources = set(self._foreseen.values())  # not a pack that was found since then
         self._foreseen.clear()
         for supplier in self._suppliers:
-            supplier.dispatcher.drop(supplier.source, Rank.PACK)
+            if supplier.source in sources:
+                supplier.dispatcher.drop(supplier.source, Rank.PACK)
 
     def _ask(self, missing: list[int], rank: Rank, reader: Reader) -> _Supplier:
         """Sees to it that all missing blocks are wanted. Returns where the last one shall come from."""

@@ -27,8 +27,9 @@ log = logging.getLogger("lazyfs.serving")
 # Two starts of one command differ by 0 to 2 % (docs/MEASUREMENTS.md).
 LACKING_PART = 0.1
 LACKING_BYTES = 1 << 20
-# To look at what is attached, make a pack and push it.
+# To look at what is attached, make a pack and push it; and when the process is about to end.
 PUSH_S = 300.0
+PUSH_AT_END_S = 60.0
 
 
 def is_clearly_better(start: Profile, known: Profile | None) -> bool:

@@ -32,7 +32,7 @@ from lazyfs.core.starts.profile import MAX_TOUCHES, Profile
 from lazyfs.core.starts.recording import FileData, files, record
 from lazyfs.errors import ImageError, LazyfsError
 from lazyfs.serving.device import DataDevice
-from lazyfs.serving.learning import PUSH_S, Improver
+from lazyfs.serving.learning import PUSH_AT_END_S, Improver
 from lazyfs.sources.access import Access
 
 log = logging.getLogger("lazyfs.serving")
@@ -166,7 +166,7 @@ class Traces:
             for trace in list(self._ending):
                 await trace.kept.wait()
         if not partial:
-            with trio.move_on_after(PUSH_S):
+            with trio.move_on_after(PUSH_AT_END_S):
                 for improved in list(self._improving.values()):
                     await improved.wait()
 

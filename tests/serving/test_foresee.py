@@ -8,8 +8,8 @@ import trio.testing
 
 from lazyfs.core.layer.plan import REQUEST_BYTES, Cost
 from lazyfs.core.layer.spans import PLAIN_SPAN_BYTES
-from lazyfs.serving.schedule import PACK_SLOTS
-from tests.serving.rig import KINDS, LAYER, Fault, FixedCost, cut, flip, refuse, rig, stored
+from lazyfs.serving.schedule import PACK_SLOTS, Rank
+from tests.serving.rig import KINDS, LAYER, FakeSource, Fault, FixedCost, cut, flip, refuse, rig, stored
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,6 +89,30 @@ async def test_a_read_waits_for_nothing_that_was_foreseen() -> None:
         stuck.set()
         await it.landed()
         assert len(it.source.ranges) <= PACK_SLOTS + 4
+
+
+async def test_what_comes_from_a_source_that_was_added_later_is_not_dropped() -> None:
+    go_on = trio.Event()
+
+    async def slow(answer: bytes) -> bytes:
+        await go_on.wait()
+        return answer
+
+    async with rig("plain", *[slow] * PACK_SLOTS) as it:
+        count = it.handle.layer.table.count
+        it.handle.fetcher.foresee(range(0, count, 3))
+        await trio.testing.wait_all_tasks_blocked()
+        later = it.add(FakeSource(stored("plain"), [slow] * PACK_SLOTS), "later")
+        (*_, last) = range(1, count, 3)
+        for block in range(1, count, 3):
+            for part in later.parts(it.handle.layer.content_root, block):
+                it.dispatchers[1].want(later, part, Rank.PACK)
+        await trio.testing.wait_all_tasks_blocked()
+        it.handle.fetcher.forget_foreseen()
+        assert it.handle.fetcher.foreseen() == (0, 0)
+        go_on.set()
+        await it.landed()
+        assert it.handle.layer.has(last) and len(it.source.ranges) == PACK_SLOTS
 
 
 @pytest.mark.parametrize("faults", [[flip] * 3, [cut] * 3, [refuse]])
