@@ -144,8 +144,8 @@ class Roots:
     # -- holders -----------------------------------------------------------------------------------------
 
     async def acquire(self, image: Image, request: Mount) -> Lease:
-        """A lease of `image`, which is mounted first if it is not. Takes over the caller's use of the image: one that is
-        mounted is opened, too, so that nobody closes it while this waits. Raises LazyfsError."""
+        """A lease of `image`, which is mounted first if it is not. Takes over the caller's use of the image: one that
+        is mounted is opened, too, so that nobody closes it while this waits. Raises LazyfsError."""
         async with self._changing:
             root = self._roots.get(image.manifest_digest)
             joined = root is not None
