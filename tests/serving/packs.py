@@ -90,7 +90,7 @@ def image_of(it: Rig) -> Image:
         manifest_digest=MANIFEST,
         config=b"",
         namespace_path="",
-        layers=(it.handle,),
+        layers=(it.device,),
         source=source,
         index_source=source,
         index_place=None,
@@ -102,7 +102,7 @@ def image_of(it: Rig) -> Image:
 
 
 def cache_of(it: Rig) -> CacheDirectory:
-    return CacheDirectory(os.path.dirname(os.path.dirname(it.handle.layer.path)))
+    return CacheDirectory(os.path.dirname(os.path.dirname(it.device.layer.path)))
 
 
 @asynccontextmanager

@@ -156,7 +156,7 @@ class FixedCost(Cost):
 class Rig:
     """A data device, and the source it was given first."""
 
-    handle: DataDevice
+    device: DataDevice
     nursery: trio.Nursery
     cost: Cost
     dispatchers: list[Dispatcher] = field(default_factory=list)
@@ -170,8 +170,8 @@ class Rig:
         self, source: FakeSource, digest: str = "layer", spans: SpanTable | None = None, timeout_s: float = 30.0
     ) -> SpanSource:
         """Another image that has the layer, too; asked first from now on."""
-        kept, fetcher = source.stored, self.handle.fetcher
-        directory = os.path.join(self.handle.layer.path, str(len(self.sources)))
+        kept, fetcher = source.stored, self.device.fetcher
+        directory = os.path.join(self.device.layer.path, str(len(self.sources)))
         os.mkdir(directory)
         windows = Windows(kept.groups, WindowGroups(directory), (cast(Source, source), Digest("windows")))
         blob = Blob(cast(Source, source), Digest(digest), spans or kept.spans, windows, timeout_s, self.cost)
@@ -182,13 +182,13 @@ class Rig:
 
     async def remove(self, number: int = 0) -> None:
         """Closes one of the images, by their order."""
-        self.handle.fetcher.remove(self.dispatchers[number])
+        self.device.fetcher.remove(self.dispatchers[number])
         await self.dispatchers[number].aclose()
 
     async def read(self, address: int = 0, size_bytes: int = len(LAYER.device)) -> None:
         """Reads, and compares with the truth."""
         expected = LAYER.device[address : address + size_bytes]
-        assert await self.handle.read(address, size_bytes) == expected
+        assert await self.device.read(address, size_bytes) == expected
 
     @property
     def fetched(self) -> int:
@@ -203,7 +203,7 @@ class Rig:
 
     def blocks(self, *numbers: int) -> tuple[int, int]:
         """Address and size of a run of blocks."""
-        table = self.handle.layer.table
+        table = self.device.layer.table
         return table.addresses[numbers[0]], table.addresses[numbers[-1]] + table.lengths[
             numbers[-1]
         ] - table.addresses[numbers[0]]
@@ -213,14 +213,14 @@ class Rig:
 async def rig(
     kind: str, *faults: Fault, timeout_s: float = 30.0, spans: SpanTable | None = None, cost: Cost | None = None
 ) -> AsyncIterator[Rig]:
-    """A handle on the layer in an empty cache, its source answering with `faults` first. `spans`: the source's, if not
+    """A device of the layer in an empty cache, its source answering with `faults` first. `spans`: the source's, if not
     those it was stored with. `cost`: for tests of what is fetched ahead."""
     with tempfile.TemporaryDirectory(prefix="fetch-") as directory:
         layer = CacheDirectory(directory).create_layer(LAYER.content_root, LAYER.table)
         async with trio.open_nursery() as nursery:
             it = Rig(DataDevice(layer, LayerFetcher(layer)), nursery, cost or FixedCost())
             it.add(FakeSource(stored(kind), list(faults)), spans=spans, timeout_s=timeout_s)
-            it.handle.promise("image", timeout_s)
+            it.device.promise("image", timeout_s)
             yield it
             nursery.cancel_scope.cancel()
         layer.close()

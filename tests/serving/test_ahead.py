@@ -50,11 +50,11 @@ async def test_a_reader_goes_on_when_its_bytes_came_and_the_guess_behind_them_co
         with trio.fail_after(5):
             await it.read(*it.blocks(0))
         assert not go_on.is_set() and len(source.ranges) == 1
-        last = it.handle.layer.table.count // 2
-        assert not it.handle.layer.has(last)
+        last = it.device.layer.table.count // 2
+        assert not it.device.layer.has(last)
         go_on.set()
         await it.landed()
-        assert it.handle.layer.has(1) and it.handle.layer.has(2)
+        assert it.device.layer.has(1) and it.device.layer.has(2)
 
 
 async def test_a_read_elsewhere_does_not_wait_for_guesses_that_are_stuck() -> None:
@@ -67,7 +67,7 @@ async def test_a_read_elsewhere_does_not_wait_for_guesses_that_are_stuck() -> No
 
     async with rig("plain", cost=FixedCost(1 << 20)) as it:
         source = await paced(it, "plain", before)
-        table = it.handle.layer.table
+        table = it.device.layer.table
         with trio.fail_after(5):
             for block in (0, table.count // 2, table.count - 2):
                 await it.read(*it.blocks(block))
@@ -77,7 +77,7 @@ async def test_a_read_elsewhere_does_not_wait_for_guesses_that_are_stuck() -> No
 
 async def test_reading_block_by_block_takes_few_requests() -> None:
     async with rig("gzip", cost=Cost()) as it:
-        for block in range(it.handle.layer.table.count):
+        for block in range(it.device.layer.table.count):
             await it.read(*it.blocks(block))
         await it.landed()
         assert len(it.source.ranges) <= len(LAYER.device) >> 18
@@ -86,11 +86,11 @@ async def test_reading_block_by_block_takes_few_requests() -> None:
 
 async def test_a_small_file_comes_whole() -> None:
     async with rig("gzip", cost=FixedCost(100_000)) as it:
-        table = it.handle.layer.table
+        table = it.device.layer.table
         first = next(block for block in range(table.count) if sum(table.lengths[block : block + 3]) > 600_000)
         await it.read(*it.blocks(first + 1))
         await it.landed()
-        assert it.handle.layer.has(first) and it.handle.layer.has(first + 2)
+        assert it.device.layer.has(first) and it.device.layer.has(first + 2)
 
 
 async def test_a_guess_that_is_damaged_is_nobody_s_error() -> None:

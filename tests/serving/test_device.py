@@ -18,20 +18,20 @@ async def test_the_shortest_promise_of_the_open_images_holds(autojump_clock: tri
         async def failed_after_s() -> float:
             begun_s = trio.current_time()
             with pytest.raises(RemoteError, match="did not arrive"):
-                await it.handle.read(address, size_bytes)
+                await it.device.read(address, size_bytes)
             return trio.current_time() - begun_s
 
         assert await failed_after_s() == pytest.approx(answer_s(60))
-        it.handle.promise("hurried", 5)
+        it.device.promise("hurried", 5)
         assert await failed_after_s() == pytest.approx(answer_s(5))
-        it.handle.promise("patient", 600)  # whoever opens last does not decide
-        assert it.handle.timeout_s == 5
-        it.handle.promise("hurried", 50)  # another mount of that image: the first one's promise holds, too
+        it.device.promise("patient", 600)  # whoever opens last does not decide
+        assert it.device.timeout_s == 5
+        it.device.promise("hurried", 50)  # another mount of that image: the first one's promise holds, too
         assert await failed_after_s() == pytest.approx(answer_s(5))
-        it.handle.release("hurried")
+        it.device.release("hurried")
         assert await failed_after_s() == pytest.approx(answer_s(60))
-        it.handle.release("image")
-        assert it.handle.timeout_s == 600
+        it.device.release("image")
+        assert it.device.timeout_s == 600
 
 
 async def test_a_request_outlives_the_reads_of_a_hurried_image() -> None:
@@ -44,10 +44,10 @@ async def test_a_request_outlives_the_reads_of_a_hurried_image() -> None:
         return answer
 
     async with rig("plain", slow, timeout_s=60) as it:
-        it.handle.promise("hurried", 0.1)
+        it.device.promise("hurried", 0.1)
         for _ in range(3):
             with pytest.raises(RemoteError, match="did not arrive"):
-                await it.handle.read(*it.blocks(0))
+                await it.device.read(*it.blocks(0))
         go_on.set()
         await it.landed()
         await it.read(*it.blocks(0))

@@ -50,9 +50,9 @@ from tests.serving.rig import (
 @pytest.mark.parametrize("kind", KINDS)
 async def test_reads_the_layer_whole(kind: str) -> None:
     async with rig(kind) as it:
-        assert it.handle.read_cached(0, 4096) is None
+        assert it.device.read_cached(0, 4096) is None
         await it.read()
-        assert it.handle.read_cached(0, len(LAYER.device)) == LAYER.device
+        assert it.device.read_cached(0, len(LAYER.device)) == LAYER.device
         fetched = sum(end - start for start, end in it.source.ranges)
         assert fetched <= len(stored(kind).blob) + len(it.source.ranges)
         before = len(it.source.ranges)
@@ -63,7 +63,7 @@ async def test_reads_the_layer_whole(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 async def test_reads_block_by_block_in_any_order(kind: str) -> None:
     async with rig(kind) as it:
-        numbers = list(range(it.handle.layer.table.count))
+        numbers = list(range(it.device.layer.table.count))
         random.Random(1).shuffle(numbers)
         for number in numbers:
             await it.read(*it.blocks(number))
@@ -87,7 +87,7 @@ async def test_neighbours_go_into_one_request() -> None:
 
 async def test_a_block_across_two_spans_fetches_each_once() -> None:
     async with rig("plain") as it:
-        table, spans = it.handle.layer.table, stored("plain").spans
+        table, spans = it.device.layer.table, stored("plain").spans
         straddling = [
             block
             for block in range(table.count)
@@ -125,7 +125,7 @@ async def test_a_straddling_block_with_a_lasting_flaw_ends_in_an_error() -> None
     """Each span comes whole, yet the block they share never verifies: that must not go round for ever."""
     async with rig("plain") as it:
         spoiled = bytearray(stored("plain").blob)
-        table = it.handle.layer.table
+        table = it.device.layer.table
         block = next(
             block
             for block in range(table.count)
@@ -164,7 +164,7 @@ async def test_a_cancelled_reader_leaves_the_flight_going() -> None:
             nursery.start_soon(it.read, address, size)
             await arrived.wait()
             nursery.cancel_scope.cancel()
-        assert it.handle.read_cached(address, size) is None
+        assert it.device.read_cached(address, size) is None
         go_on.set()
         await it.read(address, size)
         assert len(it.source.ranges) == 1
@@ -200,7 +200,7 @@ async def test_an_image_with_the_layer_in_another_blob_opens_and_closes_during_a
     async with rig("plain", slow) as it:
         other = FakeSource(stored("zstd"))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(it.read, *it.blocks(it.handle.layer.table.count - 1))
+            nursery.start_soon(it.read, *it.blocks(it.device.layer.table.count - 1))
             await arrived.wait()
             it.add(other, "other")
             nursery.start_soon(it.read, *it.blocks(0))
@@ -290,13 +290,13 @@ async def test_nothing_on_the_way_of_a_read_waits_for_the_cycle_collector() -> N
     gc.disable()
     try:
         async with rig("gzip", fine, fine, refuse, refuse) as it:
-            for number in range(0, it.handle.layer.table.count, 5):
+            for number in range(0, it.device.layer.table.count, 5):
                 try:
                     await it.read(*it.blocks(number))
                 except LazyfsError:
                     await it.landed()
             await it.landed()
-            held = weakref.ref(it.handle.layer), weakref.ref(it.sources[0]), weakref.ref(it.dispatchers[0])
+            held = weakref.ref(it.device.layer), weakref.ref(it.sources[0]), weakref.ref(it.dispatchers[0])
             await it.remove()
         del it
         await trio.lowlevel.checkpoint()

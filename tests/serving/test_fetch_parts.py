@@ -21,7 +21,7 @@ PARTED = ["plain", "gzip", "members"]  # spans that are fetched in part; zstd on
 
 def blocks_inside(it: Rig, span: Span) -> list[int]:
     """Blocks that lie in one span as a whole."""
-    table = it.handle.layer.table
+    table = it.device.layer.table
     inside = table.from_tar(span.tar_start, span.tar_end)
     ends = [table.tar_offsets[block] + table.lengths[block] for block in inside]
     return [
@@ -32,7 +32,7 @@ def blocks_inside(it: Rig, span: Span) -> list[int]:
 
 
 def end_of(it: Rig, block: int) -> int:
-    return it.handle.layer.table.tar_offsets[block] + it.handle.layer.table.lengths[block]
+    return it.device.layer.table.tar_offsets[block] + it.device.layer.table.lengths[block]
 
 
 def far_apart(it: Rig, spans: SpanTable) -> tuple[Span, int, int]:
@@ -63,7 +63,7 @@ async def test_a_span_is_fetched_as_far_as_it_is_wanted_and_then_gone_on_with(ki
         await it.read(*it.blocks(one))
         end = spans.blob_end_for(span, end_of(it, one))
         assert it.source.ranges == [(span.blob_start, end)] and end < span.blob_end
-        assert not it.handle.layer.has(other)
+        assert not it.device.layer.has(other)
         await it.read(*it.blocks(other))
         further = spans.blob_end_for(span, end_of(it, other))
         assert it.source.ranges[1:] == [(end, further)]
@@ -85,7 +85,7 @@ async def test_reading_in_order_fetches_each_byte_about_once(kind: str) -> None:
 async def test_reading_blocks_in_order_fetches_no_byte_twice(kind: str) -> None:
     """Block by block, with jumps between two places: both go on where they were."""
     async with rig(kind) as it:
-        count = it.handle.layer.table.count
+        count = it.device.layer.table.count
         for block in range(count // 2):
             await it.read(*it.blocks(block))
             await it.read(*it.blocks(count // 2 + block))
@@ -118,7 +118,7 @@ async def test_many_readers_at_once_fetch_no_byte_twice(kind: str, seed: int) ->
 async def test_what_straddles_the_place_where_a_span_was_left_is_completed() -> None:
     """The part of a block that came is kept, and is not taken for all that the span has of it."""
     async with rig("plain", cost=FixedCost(4096)) as it:
-        spans, table = stored("plain").spans, it.handle.layer.table
+        spans, table = stored("plain").spans, it.device.layer.table
         block = next(
             block
             for block in range(1, table.count)
@@ -129,7 +129,7 @@ async def test_what_straddles_the_place_where_a_span_was_left_is_completed() -> 
             and fetched_to // PLAIN_SPAN_BYTES == table.tar_offsets[block] // PLAIN_SPAN_BYTES
         )
         await it.read(*it.blocks(block - 1))
-        assert not it.handle.layer.has(block)
+        assert not it.device.layer.has(block)
         await it.read(*it.blocks(block))
         assert no_byte_twice(it.source.ranges)
 
@@ -140,10 +140,10 @@ async def test_a_block_before_the_place_a_span_was_left_at_is_fetched_again(kind
         span, one, other = far_apart(it, stored(kind).spans)
         await it.read(*it.blocks(one))
         address, size = it.blocks(one)
-        data_fd = os.open(it.handle.layer.open_data_path(), os.O_WRONLY)
+        data_fd = os.open(it.device.layer.open_data_path(), os.O_WRONLY)
         os.pwrite(data_fd, bytes(size), address)
         os.close(data_fd)
-        assert it.handle.layer.verify() == [one]
+        assert it.device.layer.verify() == [one]
         before = len(it.source.ranges)
         await it.read(address, size)
         assert it.source.ranges[before][0] == span.blob_start
@@ -186,7 +186,7 @@ async def test_cursors_are_few_and_evicted_ones_begin_anew(monkeypatch: pytest.M
         begun = []
         for number in range(len(kept.spans)):
             inside = blocks_inside(it, kept.spans[number])
-            if inside and not it.handle.layer.has(inside[0]):
+            if inside and not it.device.layer.has(inside[0]):
                 await it.read(*it.blocks(inside[0]))
                 await it.landed()
                 begun.append(number)
@@ -239,7 +239,7 @@ async def test_milestones_that_lie_only_cost_requests(kind: str) -> None:
     for points in hostile_milestones(kind):
         spans = SpanTable(kept.spans.compression, len(kept.blob), len(tar()), encode_points(points))
         async with rig(kind, spans=spans) as it:
-            for block in (0, 3, it.handle.layer.table.count - 1):
+            for block in (0, 3, it.device.layer.table.count - 1):
                 await it.read(*it.blocks(block))
             await it.read()
             assert len(it.source.ranges) < 40
@@ -260,7 +260,7 @@ async def test_one_large_frame_is_read_in_steps_and_gone_on_with() -> None:
     kept = stored("zstd")
     assert len(kept.spans) == 1 and len(kept.blob) > 2 * REQUEST_BYTES
     async with rig("zstd") as it:
-        last = it.handle.layer.table.count - 1
+        last = it.device.layer.table.count - 1
         await it.read(*it.blocks(0))
         assert it.source.ranges == [(0, REQUEST_BYTES)]
         it.source.faults += [fine, refuse]

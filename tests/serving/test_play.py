@@ -72,7 +72,7 @@ async def test_all_blocks_come_from_the_pack_by_few_requests() -> None:
     async with rig("gzip") as it:
         server = PackServer(PACK)
         await played(it, server)
-        assert not it.handle.layer.missing(BLOCKS) and not it.source.ranges
+        assert not it.device.layer.missing(BLOCKS) and not it.source.ranges
         assert len(server.ranges) == 2 and server.fetched == len(PACK)
         await it.read()
 
@@ -84,7 +84,7 @@ async def test_the_beginning_is_asked_for_before_the_image_is_open() -> None:
             del player
             await trio.testing.wait_all_tasks_blocked(0.05)
         assert server.ranges == [(0, len(server.pack))]
-        assert it.handle.layer.present_blocks() == 10
+        assert it.device.layer.present_blocks() == 10
 
 
 async def test_little_is_asked_for_in_advance_if_some_of_it_may_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ async def test_little_is_asked_for_in_advance_if_some_of_it_may_be_here(monkeypa
     async with rig("gzip") as it:
         server = PackServer(PACK, [until(2 << 20, lambda: trio.testing.wait_all_tasks_blocked(0.1))])
         for block in BLOCKS:
-            it.handle.layer.publish(block, LAYER.content(block))
+            it.device.layer.publish(block, LAYER.content(block))
         await played(it, server)
         assert server.sent < (2 << 20) + (64 << 10) and len(server.ranges) == 1
 
@@ -134,10 +134,10 @@ async def test_what_is_cached_is_not_fetched_again(monkeypatch: pytest.MonkeyPat
     async with rig("gzip") as it:
         for frame in (2, 3, 6):
             for block in blocks_of(frame):
-                it.handle.layer.publish(block, LAYER.content(block))
+                it.device.layer.publish(block, LAYER.content(block))
         server = PackServer(PACK)
         await played(it, server)
-        assert not it.handle.layer.missing(BLOCKS)
+        assert not it.device.layer.missing(BLOCKS)
         asked = [place for start, end in server.ranges for place in range(start, end, 1 << 10)]
         assert not any(place in FRAMES[frame] for frame in (2, 3, 6) for place in asked)
         assert len(server.ranges) == 4
@@ -206,7 +206,7 @@ async def test_a_broken_stream_goes_on_where_it_was(broken: int) -> None:
     async with rig("gzip") as it:
         server = PackServer(PACK, [until(broken, breaks)])
         await played(it, server)
-        assert not it.handle.layer.missing(BLOCKS) and not it.source.ranges
+        assert not it.device.layer.missing(BLOCKS) and not it.source.ranges
         frame = max((number for number, one in enumerate(FRAMES) if one.start <= broken), default=0)
         assert server.ranges[1][0] in (0, broken, FRAMES[frame].start)
 
@@ -219,7 +219,7 @@ async def test_a_server_that_is_gone_for_a_while_is_asked_again() -> None:
 
         server = PackServer(PACK, [until(FRAMES[2].start, breaks), gone, gone, gone])
         await played(it, server)
-        assert not it.handle.layer.missing(BLOCKS)
+        assert not it.device.layer.missing(BLOCKS)
 
 
 async def test_a_server_that_stays_away_is_given_up() -> None:
@@ -233,7 +233,7 @@ async def test_a_server_that_stays_away_is_given_up() -> None:
             with trio.fail_after(10):
                 await player.ended()
         assert 5 < len(server.ranges) < 20
-        assert len(it.handle.fetcher.sources) == 1
+        assert len(it.device.fetcher.sources) == 1
         await it.read()
 
 
@@ -323,9 +323,9 @@ async def test_a_wrong_pack_costs_time_only(which: str) -> None:
             assert trio.current_time() - begun_s < 5
             with trio.fail_after(5):
                 await player.ended()
-        assert it.handle.layer.present_blocks() >= good * len(BLOCKS)
+        assert it.device.layer.present_blocks() >= good * len(BLOCKS)
         assert server.fetched <= len(pack) + (1 << 20)  # nothing of it is asked for twice
-        assert len(it.handle.fetcher.sources) == 1
+        assert len(it.device.fetcher.sources) == 1
         await it.read()
 
 
@@ -347,7 +347,7 @@ async def test_it_ends_if_the_start_reads_mostly_something_else(known: bool, mon
         server = PackServer(PACK if known else pack_of(BLOCKS[:30]), [until(1_000_000, trio.sleep_forever)])
         async with playing(it, server, image) as player:
             for block in BLOCKS[30:]:
-                it.handle.read_cached(*it.blocks(block))
+                it.device.read_cached(*it.blocks(block))
                 await it.read(*it.blocks(block))
             with trio.move_on_after(2) as waiting:
                 await player.ended()
@@ -367,7 +367,7 @@ async def test_an_image_may_be_closed_while_it_plays(byte: int) -> None:
         async with playing(it, server):
             with trio.fail_after(5):
                 await arrived.wait()
-        assert len(it.handle.fetcher.sources) == 1
+        assert len(it.device.fetcher.sources) == 1
         await it.remove()
         it.add(type(it.source)(it.source.stored))
         await it.read()
@@ -391,7 +391,7 @@ async def test_an_image_that_does_not_open_ends_it() -> None:
         server = PackServer(PACK, [until(100, trio.sleep_forever)])
         async with playing(it, server):
             pass
-        assert it.handle.layer.present_blocks() == 0
+        assert it.device.layer.present_blocks() == 0
 
 
 def test_the_manifest_in_the_head_is_no_matter() -> None:

@@ -38,7 +38,7 @@ async def test_each_source_that_has_the_block_is_tried_and_then_it_is_over() -> 
 
 def straddling(it: Rig) -> int:
     """A block that lies in two spans, without being all of the second."""
-    table = it.handle.layer.table
+    table = it.device.layer.table
     return next(one for one in range(1, table.count) if len(spans_for_block(table, stored("plain").spans, one)) == 2)
 
 
@@ -48,7 +48,7 @@ async def test_a_block_in_two_spans_that_never_verifies_has_its_bound(before: in
     async with rig("plain") as it:
         block = straddling(it)
         spoiled = bytearray(stored("plain").blob)
-        spoiled[it.handle.layer.table.tar_offsets[block]] ^= 1
+        spoiled[it.device.layer.table.tar_offsets[block]] ^= 1
         it.source.stored = Stored(bytes(spoiled), stored("plain").spans)
         if before:
             await it.read(*it.blocks(block - 1))
@@ -61,9 +61,9 @@ async def test_a_block_in_two_spans_that_never_verifies_has_its_bound(before: in
 
 async def test_a_disk_that_does_not_keep_what_is_written_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig("plain") as it:
-        monkeypatch.setattr(it.handle.layer, "read", lambda address, size_bytes: None)
+        monkeypatch.setattr(it.device.layer, "read", lambda address, size_bytes: None)
         with pytest.raises(HostError, match="does not keep"):
-            await it.handle.read(*it.blocks(3))
+            await it.device.read(*it.blocks(3))
 
 
 def test_the_product_is_written_down() -> None:

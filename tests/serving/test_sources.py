@@ -49,7 +49,7 @@ class Stream(BlockSource):
             if self.breaks:
                 self._left.clear()
                 raise RemoteError("the stream broke")
-            assert self._it.handle.layer.publish(self._left[0], LAYER.content(self._left[0]))
+            assert self._it.device.layer.publish(self._left[0], LAYER.content(self._left[0]))
             del self._left[0]
             published()
 
@@ -78,31 +78,31 @@ class Neighbour(BlockSource):
     async def bring(self, batch: Batch, published: Callable[[], None]) -> None:
         await trio.lowlevel.checkpoint()
         for block in batch.pieces:
-            if block in self._rotten or not self._it.handle.layer.publish(block, LAYER.content(block)):
+            if block in self._rotten or not self._it.device.layer.publish(block, LAYER.content(block)):
                 self._blocks.discard(block)
 
 
 async def test_a_reader_waits_for_what_a_stream_brings_and_no_longer() -> None:
     async with rig("plain") as it:
         stream = Stream(it, [4, 3, 9])
-        it.handle.fetcher.add(stream, it.dispatchers[0])
+        it.device.fetcher.add(stream, it.dispatchers[0])
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(it.handle.fetcher.ensure, range(9, 10), Rank.PACK)
+            nursery.start_soon(it.device.fetcher.ensure, range(9, 10), Rank.PACK)
             await trio.testing.wait_all_tasks_blocked()
             stream.go_on(2)
             await it.read(*it.blocks(3, 4))  # the stream has not ended
             assert not it.source.ranges
             await it.read(*it.blocks(6))  # it does not bring this one
             assert len(it.source.ranges) == 1
-            assert not it.handle.layer.has(9)
+            assert not it.device.layer.has(9)
             stream.go_on()
-        assert it.handle.layer.has(9) and len(it.source.ranges) == 1
+        assert it.device.layer.has(9) and len(it.source.ranges) == 1
 
 
 async def test_what_a_broken_stream_did_not_bring_comes_from_spans() -> None:
     async with rig("gzip") as it:
         stream = Stream(it, [4, 3, 9])
-        it.handle.fetcher.add(stream, it.dispatchers[0])
+        it.device.fetcher.add(stream, it.dispatchers[0])
         async with trio.open_nursery() as nursery:
             for block in (4, 3, 9):
                 nursery.start_soon(it.read, *it.blocks(block))
@@ -116,11 +116,11 @@ async def test_what_a_broken_stream_did_not_bring_comes_from_spans() -> None:
 
 async def test_blocks_that_are_elsewhere_are_not_fetched_unless_they_are_rotten() -> None:
     async with rig("plain") as it:
-        count = it.handle.layer.table.count
+        count = it.device.layer.table.count
         dispatcher = Dispatcher(it.nursery)
-        it.handle.fetcher.add(Neighbour(it, set(range(count)), rotten={5, 6}), dispatcher)
+        it.device.fetcher.add(Neighbour(it, set(range(count)), rotten={5, 6}), dispatcher)
         await it.read()
-        table = it.handle.layer.table
+        table = it.device.layer.table
         starts = {table.tar_offsets[block] // PLAIN_SPAN_BYTES * PLAIN_SPAN_BYTES for block in (5, 6)}
         assert {start for start, _ in it.source.ranges} <= starts | {start + PLAIN_SPAN_BYTES for start in starts}
         await dispatcher.aclose()
@@ -135,26 +135,26 @@ async def test_a_read_does_not_wait_for_what_is_less_urgent() -> None:
         return answer
 
     async with rig("plain", *[slow] * (SLOTS - 1)) as it:
-        table = it.handle.layer.table
+        table = it.device.layer.table
         last = table.count - 1
         async with trio.open_nursery() as nursery:
             for block in range(0, last - 1, 3):
-                nursery.start_soon(it.handle.fetcher.ensure, range(block, block + 1), Rank.FILL)
+                nursery.start_soon(it.device.fetcher.ensure, range(block, block + 1), Rank.FILL)
                 await trio.testing.wait_all_tasks_blocked()
             assert len(it.source.ranges) == SLOTS - 1
             await it.read(*it.blocks(last))
             assert len(it.source.ranges) == SLOTS
             go_on.set()
-        assert all(it.handle.layer.has(block) for block in range(0, last - 1, 3))
+        assert all(it.device.layer.has(block) for block in range(0, last - 1, 3))
 
 
 async def test_a_fill_is_no_demand() -> None:
     """It neither makes reads reach further nor looks like a stream."""
     async with rig("plain") as it:
         for block in range(20):
-            await it.handle.fetcher.ensure(range(block, block + 1), Rank.FILL)
+            await it.device.fetcher.ensure(range(block, block + 1), Rank.FILL)
         await it.landed()
-        assert it.fetched < sum(it.handle.layer.table.lengths[:20]) + 20 * 8192
+        assert it.fetched < sum(it.device.layer.table.lengths[:20]) + 20 * 8192
 
 
 async def test_closing_wakes_readers_who_go_on_elsewhere_or_say_why_not() -> None:

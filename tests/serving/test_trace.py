@@ -246,11 +246,11 @@ async def test_reads_count_as_waiting_until_they_end() -> None:
     async with rig("plain", hang, hang) as it:
         async with trio.open_nursery() as nursery:
             for block in (0, 0, 3):
-                nursery.start_soon(it.handle.read, *it.blocks(block))
+                nursery.start_soon(it.device.read, *it.blocks(block))
             await trio.testing.wait_all_tasks_blocked()
-            assert it.handle.waiting == 3
+            assert it.device.waiting == 3
             nursery.cancel_scope.cancel()
-        assert it.handle.waiting == 0
+        assert it.device.waiting == 0
 
 
 async def test_closing_the_image_ends_the_start(tmp_path: Path) -> None:
