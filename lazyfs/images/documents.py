@@ -25,6 +25,7 @@ from lazyfs.core.oci.documents import (
     parse_manifest,
 )
 from lazyfs.core.oci.reference import parse_reference
+from lazyfs.core.oci.referrers import listed_blob
 from lazyfs.errors import HostError, ImageError, LazyfsError, RemoteError
 from lazyfs.images.attached import Attached, of_type
 from lazyfs.images.elsewhere import IndexRepository, delivery_for
@@ -176,7 +177,7 @@ class _IndexSearch:
     async def _in_own_repository(self, attached: Attached) -> Found | None:
         for artifact in of_type(await attached.own(), imageindex.ARTIFACT_TYPE):
             try:
-                return await self._taken(self._resolved.source, "", artifact.digest)
+                return await self._taken(self._resolved.source, "", artifact)
             except LazyfsError as error:
                 self._pass_over(f"attached {artifact.digest[:19]}", error)
         return None
@@ -192,7 +193,7 @@ class _IndexSearch:
         with delivery.scope:
             for artifact in artifacts[:_MAX_ARTIFACTS]:
                 try:
-                    return await self._taken(repository.source, repository.place, artifact.digest, delivery.expect)
+                    return await self._taken(repository.source, repository.place, artifact, delivery.expect)
                 except LazyfsError as error:
                     self.damaged = self.damaged or isinstance(error, ImageError)
                     self.reasons.append(f"{which}: {artifact.digest[:19]}: {error.message}")
@@ -201,16 +202,16 @@ class _IndexSearch:
         return None
 
     async def _taken(
-        self, source: Source, place: str, artifact_digest: str, expect: Callable[[int], None] = lambda size_bytes: None
+        self, source: Source, place: str, artifact: Descriptor, expect: Callable[[int], None] = lambda size_bytes: None
     ) -> Found:
         """The index that is attached at `source`, kept in the cache from now on. `expect` is told how many bytes come
         next."""
-        first = await _image_index(source, artifact_digest)
+        first = await _image_index(source, artifact)
         expect(first.size_bytes)
         blob = await source.blob(first.digest, first.size_bytes)
         index = ImageIndex(blob)
         expect(sum(part.head_bytes for part in index.parts))
-        found = await self._opened(index, source, place, artifact_digest)
+        found = await self._opened(index, source, place, artifact.digest)
         images.keep_index(self._cache, self._digest, blob, place)
         return found
 
@@ -295,10 +296,14 @@ def _numbers(index: ImageIndex | v1.IndexV1, namespace: Metadata, all_layers: bo
     return list(range(len(index.layers))) if all_layers else used
 
 
-async def _image_index(source: Source, digest: str) -> Descriptor:
-    """The blob that is the image's index of an artifact. Further layers than the first are the indexes of layers, and
-    what later versions add. Raises ImageError, RemoteError, NotFound."""
-    blobs = await _blobs(source, digest, imageindex.IMAGE_MEDIA_TYPE, imageindex.MAX_IMAGE_INDEX_BYTES)
+async def _image_index(source: Source, artifact: Descriptor) -> Descriptor:
+    """The blob that is the image's index of an artifact, which its entry in the list names, or else its manifest.
+    Further layers than the first are the indexes of layers, and what later versions add. Raises ImageError,
+    RemoteError, NotFound."""
+    listed = listed_blob(artifact, imageindex.IMAGE_MEDIA_TYPE)
+    if listed is not None and listed.size_bytes <= imageindex.MAX_IMAGE_INDEX_BYTES:
+        return listed
+    blobs = await _blobs(source, artifact.digest, imageindex.IMAGE_MEDIA_TYPE, imageindex.MAX_IMAGE_INDEX_BYTES)
     return blobs[0]
 
 

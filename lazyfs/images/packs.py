@@ -1,8 +1,7 @@
 """Startup packs of an image, found beside its index: in its own repository, or else in an index repository.
 
-The list of what is attached repeats the annotations of an artifact (distribution-spec, "Listing Referrers"), and those
-of a pack say which blob it is. So nothing but that blob is fetched. They are no more than a hint: the head of a pack
-says which image it is of, and each block is verified by the block tables.
+What is listed as attached says which blob the pack is, so nothing but that is fetched. That is no more than a hint: the
+head of a pack says which image it is of, and each block is verified by the block tables.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from typing import NamedTuple
 import trio
 
 from lazyfs.cache.images import forget_packs, note_packs, noted_packs
-from lazyfs.core.oci.digests import Digest, is_digest
+from lazyfs.core.oci.digests import Digest
 from lazyfs.core.oci.documents import Descriptor, Manifest, parse_descriptor, parse_manifest
 from lazyfs.core.oci.reference import parse_reference
+from lazyfs.core.oci.referrers import first_blob, listed_blob
 from lazyfs.core.starts.pack import (
     MAX_PACK_BYTES,
     PACK_ARTIFACT_TYPE,
@@ -33,7 +33,7 @@ from lazyfs.sources.source import Source
 from lazyfs.tasks import beside, together
 
 # Annotations of a pack's artifact.
-BLOB, BYTES, STARTS, REVISION = (f"vnd.lazyfs.pack.{name}" for name in ("blob", "bytes", "starts", "revision"))
+STARTS, REVISION = "vnd.lazyfs.pack.starts", "vnd.lazyfs.pack.revision"
 _MAX_NUMBER = 1 << 31
 MAX_PACKS = 8  # of one place that are looked at
 HEAD_GUESS_BYTES = 64 << 10  # the head of a start of 2,000 blocks takes half of it
@@ -108,9 +108,11 @@ async def listed_packs(
     packs: list[FoundPack] = []
 
     async def look(artifact: Descriptor) -> None:
+        blob, annotations = listed_blob(artifact, PACK_MEDIA_TYPE), artifact.annotations
         try:
-            pack = _described(source, place, manifest_digest, artifact, artifact.annotations)
-            packs.append(pack or await _from_manifest(source, place, manifest_digest, artifact))
+            if blob is None:
+                blob, annotations = await _from_manifest(source, manifest_digest, artifact.digest)
+            packs.append(_described(source, place, manifest_digest, artifact, blob, annotations))
         except LazyfsError:
             pass
 
@@ -123,42 +125,43 @@ def _merit(artifact: Descriptor) -> tuple[int, int, str]:
     return _number(artifact.annotations, REVISION), _number(artifact.annotations, STARTS), artifact.digest
 
 
-def _number(annotations: Mapping[str, str], name: str, limit: int = _MAX_NUMBER) -> int:
-    """A number from 0 to `limit`; 0 if there is none."""
+def _number(annotations: Mapping[str, str], name: str) -> int:
+    """A number of an annotation, at most _MAX_NUMBER; 0 if there is none."""
     text = annotations.get(name, "")
-    return min(int(text), limit) if len(text) < 20 and text.isascii() and text.isdigit() else 0
+    return min(int(text), _MAX_NUMBER) if len(text) < 20 and text.isascii() and text.isdigit() else 0
 
 
 def _described(
-    source: Source, place: str, manifest_digest: Digest, artifact: Descriptor, annotations: Mapping[str, str]
-) -> FoundPack | None:
-    """The pack that annotations tell of."""
-    digest, size_bytes = annotations.get(BLOB, ""), _number(annotations, BYTES, MAX_PACK_BYTES + 1)
-    if not is_digest(digest) or not PREFIX_BYTES < size_bytes <= MAX_PACK_BYTES:
-        return None
+    source: Source,
+    place: str,
+    manifest_digest: Digest,
+    artifact: Descriptor,
+    blob: Descriptor,
+    annotations: Mapping[str, str],
+) -> FoundPack:
+    """Raises ImageError: it can be none."""
+    if not PREFIX_BYTES < blob.size_bytes <= MAX_PACK_BYTES:
+        raise ImageError("it is no startup pack")
     starts, revision = _number(annotations, STARTS), _number(annotations, REVISION)
-    return FoundPack(source, place, manifest_digest, Digest(digest), size_bytes, starts, revision, artifact)
+    return FoundPack(source, place, manifest_digest, blob.digest, blob.size_bytes, starts, revision, artifact)
 
 
-async def _from_manifest(source: Source, place: str, manifest_digest: Digest, artifact: Descriptor) -> FoundPack:
-    """Raises ImageError, RemoteError, NotFound."""
-    raw, declared = await source.manifest(artifact.digest)
+async def _from_manifest(
+    source: Source, manifest_digest: Digest, artifact_digest: Digest
+) -> tuple[Descriptor, Mapping[str, str]]:
+    """Blob and annotations of a pack's artifact. Raises ImageError, RemoteError, NotFound."""
+    raw, declared = await source.manifest(artifact_digest)
     manifest = parse_manifest(raw, declared)
     if not isinstance(manifest, Manifest) or not manifest.layers or manifest.layers[0].media_type != PACK_MEDIA_TYPE:
         raise ImageError("it is no startup pack of a version that lazyfs knows")
     if manifest.subject is None or manifest.subject.digest != manifest_digest:
         raise ImageError("it is the startup pack of another image")
-    blob = manifest.layers[0]
-    annotations = {**manifest.annotations, BLOB: blob.digest, BYTES: str(blob.size_bytes)}
-    found = _described(source, place, manifest_digest, artifact, annotations)
-    if found is None:
-        raise ImageError("it is no startup pack")
-    return found
+    return manifest.layers[0], manifest.annotations
 
 
 def _note(pack: FoundPack) -> dict[str, object]:
-    fields = {BLOB: pack.digest, BYTES: pack.size_bytes, STARTS: pack.starts, REVISION: pack.revision}
-    annotations = {name: str(value) for name, value in fields.items()}
+    blob = Descriptor(PACK_MEDIA_TYPE, pack.digest, pack.size_bytes)
+    annotations = first_blob([blob]) | {STARTS: str(pack.starts), REVISION: str(pack.revision)}
     return {"place": pack.place, "artifact": pack.artifact._replace(annotations=annotations).to_json()}
 
 
@@ -166,11 +169,11 @@ def _from_note(attached: Attached, fields: Mapping[str, object]) -> FoundPack:
     """Inverse of _note. Raises ValueError, KeyError, TypeError or LazyfsError."""
     place = str(fields["place"])
     artifact = parse_descriptor(fields["artifact"], "the note")
-    source = attached.open(parse_reference(place)) if place else attached.resolved.source
-    found = _described(source, place, attached.resolved.manifest_digest, artifact, artifact.annotations)
-    if found is None:
+    blob = listed_blob(artifact, PACK_MEDIA_TYPE)
+    if blob is None:
         raise ValueError("not a pack")
-    return found
+    source = attached.open(parse_reference(place)) if place else attached.resolved.source
+    return _described(source, place, attached.resolved.manifest_digest, artifact, blob, artifact.annotations)
 
 
 async def load_head(pack: FoundPack) -> PackHead:

@@ -16,7 +16,7 @@ from lazyfs.cache.images import forget_lacking, forget_packs
 from lazyfs.cache.layer import CachedLayer
 from lazyfs.core.oci.digests import ContentRoot, Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
-from lazyfs.core.oci.referrers import build_artifact
+from lazyfs.core.oci.referrers import build_artifact, first_blob
 from lazyfs.core.starts.pack import (
     MAX_PACK_BYTES,
     PACK_ARTIFACT_TYPE,
@@ -28,7 +28,7 @@ from lazyfs.core.starts.pack import (
 )
 from lazyfs.core.starts.profile import Profile, includes, merge
 from lazyfs.errors import HostError, ImageError, LazyfsError, NotFound
-from lazyfs.images.packs import BLOB, BYTES, REVISION, STARTS, FoundPack, listed_packs, load_head
+from lazyfs.images.packs import REVISION, STARTS, FoundPack, listed_packs, load_head
 from lazyfs.images.resolve import Resolved
 from lazyfs.indexing.publish import place_to_push, subject_of
 from lazyfs.sources.source import Source
@@ -246,5 +246,5 @@ def _artifact(resolved: Resolved, pack: bytes, revision: int) -> bytes:
     """The artifact of a pack. The annotations say what one may know of it without fetching it."""
     blob = Descriptor(PACK_MEDIA_TYPE, sha256_digest(pack), len(pack))
     starts = Profile.decode(parse_head(pack, len(pack)).profile).starts
-    annotations = {BLOB: blob.digest, BYTES: str(blob.size_bytes), STARTS: str(starts), REVISION: str(revision)}
+    annotations = first_blob([blob]) | {STARTS: str(starts), REVISION: str(revision)}
     return build_artifact(PACK_ARTIFACT_TYPE, [blob], subject_of(resolved), annotations)

@@ -20,7 +20,7 @@ from lazyfs.core.oci.digests import Digest, sha256_digest
 from lazyfs.core.oci.documents import Descriptor
 from lazyfs.core.oci.indexrepository import index_repository, place_of
 from lazyfs.core.oci.reference import DirectoryReference
-from lazyfs.core.oci.referrers import build_artifact
+from lazyfs.core.oci.referrers import build_artifact, first_blob
 from lazyfs.errors import HostError, LazyfsError
 from lazyfs.images.resolve import Resolved, close_source
 from lazyfs.indexing.assemble import BuiltIndex
@@ -126,7 +126,7 @@ async def _attach(source: Source, resolved: Resolved, built: BuiltIndex) -> Dige
         *(Descriptor(LAYER_MEDIA_TYPE, digest, len(blob)) for digest, blob in built.layers.items()),
     ]
     subject = subject_of(resolved)
-    return await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, {}))
+    return await source.attach(subject, build_artifact(ARTIFACT_TYPE, layers, subject, first_blob(layers)))
 
 
 def subject_of(resolved: Resolved) -> Descriptor:

@@ -11,9 +11,9 @@ from pathlib import Path
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.core.oci.digests import ContentRoot, Digest, sha256_digest
 from lazyfs.core.oci.documents import MEDIA_INDEX, Descriptor
-from lazyfs.core.oci.referrers import build_artifact, referrers_tag
+from lazyfs.core.oci.referrers import build_artifact, first_blob, referrers_tag
 from lazyfs.core.starts.pack import PACK_ARTIFACT_TYPE, PACK_MEDIA_TYPE, build_pack, parse_head
-from lazyfs.images.packs import BLOB, BYTES, REVISION, STARTS
+from lazyfs.images.packs import REVISION, STARTS
 from tests.conftest import Lazyfs, unmount
 from tests.faults.processes import end_daemon
 from tests.faults.world import World
@@ -55,11 +55,10 @@ class Packed:
         """Puts these bytes in the place of the pack; returns the path of the blob in requests."""
         digest = self.registry.put_blob(REPOSITORY, pack)
         self.registry.put_blob(REPOSITORY, b"{}")
-        annotations = {BLOB: str(digest), BYTES: str(len(pack)), STARTS: "1", REVISION: "1"}
+        blobs = [Descriptor(PACK_MEDIA_TYPE, digest, len(pack))]
+        annotations = first_blob(blobs) | {STARTS: "1", REVISION: "1"}
         subject = Descriptor(MANIFEST, self.digest, len(self.manifest))
-        artifact = build_artifact(
-            PACK_ARTIFACT_TYPE, [Descriptor(PACK_MEDIA_TYPE, digest, len(pack))], subject, annotations
-        )
+        artifact = build_artifact(PACK_ARTIFACT_TYPE, blobs, subject, annotations)
         listed = json.loads(self.index)
         stored = self.registry.put_manifest(REPOSITORY, artifact)
         entry = Descriptor(MANIFEST, stored, len(artifact), annotations, None, PACK_ARTIFACT_TYPE)

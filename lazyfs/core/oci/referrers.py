@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lazyfs.core.oci.digests import Digest, parse_digest, sha256_digest
+from lazyfs.core.oci.digests import Digest, is_digest, parse_digest, sha256_digest
 from lazyfs.core.oci.documents import (
     MEDIA_EMPTY,
     MEDIA_INDEX,
@@ -21,6 +21,7 @@ from lazyfs.core.oci.documents import (
 )
 from lazyfs.errors import ImageError
 
+_BLOB, _BLOB_BYTES = "vnd.lazyfs.blob", "vnd.lazyfs.blob.bytes"
 _REFERRERS_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64}")
 
 
@@ -64,6 +65,21 @@ def build_artifact(
     if annotations:
         document["annotations"] = annotations
     return json.dumps(document, indent=1).encode()
+
+
+def first_blob(layers: Sequence[Descriptor]) -> dict[str, str]:
+    """Annotations of an artifact that say which blob its first one is."""
+    return {_BLOB: layers[0].digest, _BLOB_BYTES: str(layers[0].size_bytes)}
+
+
+def listed_blob(entry: Descriptor, media_type: str) -> Descriptor | None:
+    """The first blob of an artifact, as its entry in a list says; None if it does not. A list repeats annotations
+    (distribution-spec, "Listing Referrers"), so the manifest need not be fetched. No more than a hint: nobody has
+    verified it."""
+    digest, size = entry.annotations.get(_BLOB, ""), entry.annotations.get(_BLOB_BYTES, "")
+    if not is_digest(digest) or not size.isascii() or not size.isdigit() or len(size) > 18:
+        return None
+    return Descriptor(media_type, Digest(digest), int(size))
 
 
 def add_to_index(raw: bytes | None, descriptor: Descriptor) -> bytes:
