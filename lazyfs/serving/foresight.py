@@ -29,6 +29,8 @@ log = logging.getLogger("lazyfs.fetch")
 # Of plain data, as much as is fetched at most: for what this image's own starts touched, and for a guess from others.
 MOST_BYTES = 1 << 30
 MOST_SIMILAR_BYTES = 256 << 20
+# So many blocks are wanted in one turn of the trio thread: the most that could be neighbours of the first.
+_TURN_BLOCKS = 512
 # A start is judged by so many blocks that it touched, and again after so long.
 MIN_TOUCHED = 64
 LOOK_S = 0.25
@@ -97,8 +99,10 @@ async def _play(image: Image, foresight: Foresight) -> None:
         image.reference, len(found.blocks), "earlier starts" if foresight.own else "starts of a similar image",
         found.moved, found.changed,
     )  # fmt: skip
-    for layer, run in itertools.groupby(found.blocks, key=lambda block: block[0]):
-        image.layers[layer].fetcher.foresee(block for _, block in run)
+    for at in range(0, len(found.blocks), _TURN_BLOCKS):
+        for layer, run in itertools.groupby(found.blocks[at : at + _TURN_BLOCKS], key=lambda block: block[0]):
+            image.layers[layer].fetcher.foresee(block for _, block in run)
+        await trio.lowlevel.checkpoint()
     while _absent(image, found):
         with trio.move_on_after(LOOK_S):
             await image.dispatcher.idle()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lazyfs.serving")
 
 # A pack is clearly worse than one with a start in it, if it lacks such a part of what that touched, and so much.
-# Two starts of one command differ by 0 to 2 % (docs/MEASUREMENTS.md).
+# Two starts of one command differ by 0.2 % at most, by another backend by 20 % (docs/MEASUREMENTS.md).
 LACKING_PART = 0.1
 LACKING_BYTES = 1 << 20
 # To look at what is attached, make a pack and push it; and when the process is about to end.
