@@ -13,8 +13,8 @@ from lazyfs.sources.transfer import Take
 # So much is asked for before the image is open, and kept in memory till then: what a link of 200 Mbit/s brings by then.
 # If some of the image's layers are here already, it is not known what of that is needed: then less.
 # Over a slow link no more comes than in that time: it shares the link with the index, for which the mount waits.
-BEGINNING_BYTES = 16 << 20
-BEGINNING_S = 0.6
+BEGINNING_BYTES = 8 << 20
+BEGINNING_S = 0.3
 SHORT_BEGINNING_BYTES = 1 << 20
 # What takes longer than a request for spans at most does goes beside these.
 BULK_BYTES = REQUEST_BYTES
