@@ -30,6 +30,8 @@ LEVEL = {room: level for level, line in enumerate(ROOMS.split("\n")) for room in
 
 # The room or module that alone may import a library.
 ONLY = {
+    "httpx": "sources.connections",
+    "httpcore": "sources.connections",
     "pyfuse3": "fuse",
     "rich": "commands",
     "matplotlib": "commands",
@@ -45,7 +47,7 @@ CACHE_NAMES = set(
 # there as the type of a buffer that somebody else has mapped.
 IMPURE = set(
     """
-asyncio concurrent ctypes fcntl glob http multiprocessing os pathlib pyfuse3 random select shutil
+asyncio concurrent ctypes fcntl glob http httpx multiprocessing os pathlib pyfuse3 random select shutil
 signal socket ssl subprocess tempfile threading time trio urllib.error urllib.request urllib.robotparser
 """.split()  # noqa: SIM905 -- easier to read
 )

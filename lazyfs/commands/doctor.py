@@ -19,6 +19,7 @@ MIN_OPEN_FILES = 4096  # a descriptor per layer device and cache file, three per
 # Module, its package, whether it is required.
 _LIBRARIES = (
     ("trio", "trio", True),
+    ("httpx", "httpx", True),
     ("xxhash", "xxhash", True),
     ("pyfuse3", "pyfuse3", False),
     ("isal", "isal", True),

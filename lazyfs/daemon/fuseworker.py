@@ -280,6 +280,7 @@ def run(cache: str, runtime: str, status_fd: int, opener: Opener = open_image) -
         level=logging.INFO, format=f"%(asctime)s fuse[{os.getpid()}] %(levelname)s %(message)s"
     )
     logging.raiseExceptions = False  # a full disk under the log is no reason to end
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some: `lazyfs run` does
     signal.signal(signal.SIGALRM, _wake)
     signal.setitimer(signal.ITIMER_REAL, WAKE_S, WAKE_S)

@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     form = "%(asctime)s daemon[%(process)d] %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form)
     logging.raiseExceptions = False  # a full disk under the log is no reason to end
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         return trio.run(run, options["cache"], options["runtime"], float(options.get("linger", DEFAULT_LINGER_S)))
     except LazyfsError as error:

@@ -92,7 +92,12 @@ def open_source(
 
 def preload() -> None:
     """Imports what sources on the network need, for a process that waits for its first one."""
-    from lazyfs.sources import connections, registry  # noqa: F401
+    from lazyfs.sources import (
+        connections,
+        registry,  # noqa: F401
+    )
+
+    connections.preload()
 
 
 def _connections(access: Access) -> Connections:

@@ -137,7 +137,7 @@ def test_interrupted_from_the_keyboard(cache: Path, target: Path) -> None:
 
 
 HEAVY = {
-    "asyncio", "bz2", "dataclasses", "hashlib", "inspect", "pathlib", "shutil", "ssl", "subprocess",
+    "asyncio", "bz2", "dataclasses", "hashlib", "httpx", "inspect", "pathlib", "shutil", "ssl", "subprocess",
     "threading", "trio",
 }  # fmt: skip
 

@@ -341,7 +341,7 @@ async def test_back_off_grows_and_is_bounded(autojump_clock: trio.testing.MockCl
 
 
 async def test_much_is_read_at_once(server: RegistryServer) -> None:
-    """A body comes in pieces that are worth their way through Python."""
+    """httpcore's private name for the size of one recv is still the one that we set: its own is 64 KiB."""
     connections = Connections()
     url = f"http://{server.host}/v2/demo/blobs/{DIGEST}"
     with trio.fail_after(DEADLINE_S):
