@@ -265,6 +265,7 @@ class HttpClient:
         pieces: list[bytes] = []
         size = 0
         total = int(length[:20]) if length.isascii() and length.isdigit() else 0
+        gathers = not answer.url.startswith("https:")  # TLS comes by records of 16 KiB, however long one waits
         try:
             async with aclosing(answer.chunks()) as chunks:
                 async for chunk in chunks:
@@ -278,7 +279,7 @@ class HttpClient:
                         pieces.append(chunk)
                     else:
                         await take(chunk)
-                    if len(chunk) < SMALL_CHUNK_BYTES and total - size > LARGE_REST_BYTES:
+                    if gathers and len(chunk) < SMALL_CHUNK_BYTES and total - size > LARGE_REST_BYTES:
                         await trio.sleep(GATHER_S)
         except Failed:
             # docker-registry answers 416 with the length of the blob, then closes: the status is what counts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,6 +194,19 @@ async def test_bad_realms(server: RegistryServer, realm: str) -> None:
             with pytest.raises(RemoteError) as caught:
                 await registry.manifest("latest")
             assert not caught.value.temporary and registry.counters.retries == 0
+
+
+async def test_nothing_is_gathered_by_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TLS comes by records of 16 KiB, however long one waits: a pause after each would be a limit of 8 MB/s."""
+    ca = trustme.CA()
+    ca_file = tmp_path / "ca.crt"
+    ca_file.write_bytes(ca.cert_pem.bytes())
+    data = os.urandom(1 << 20)
+    monkeypatch.setattr("lazyfs.sources.http.GATHER_S", 3600.0)
+    with RegistryServer(tmp_path, tls=ca) as server, trio.fail_after(30):
+        server.put_image("demo", "latest", [data])
+        async with open_registry(server.host, ca_files=[str(ca_file)]) as registry:
+            assert await registry.blob_range(sha256_digest(data), 0, len(data)) == data
 
 
 async def test_tls(tmp_path: Path) -> None:
