@@ -52,11 +52,6 @@ class Layout(abc.ABC):
 
         A layout whose images differ only by platform answers "" with index.json itself.
         """
-        layout = documents.load_json(
-            await self._document("oci-layout", MAX_LAYOUT_FILE_BYTES), f"{self.what}/oci-layout"
-        )
-        if layout.get("imageLayoutVersion") != "1.0.0":
-            raise ImageError(f"{self.what}: not an OCI image layout of version 1.0.0")
         raw, index = await self._index()
         if is_digest(reference):
             listed = [d for d in index.manifests if d.digest == reference]
@@ -74,6 +69,11 @@ class Layout(abc.ABC):
         raise NotFound(f"{self.what} has no image named {reference}", f"it has: {_names(index.manifests)}")
 
     async def _index(self) -> tuple[bytes, documents.ImageIndex]:
+        layout = documents.load_json(
+            await self._document("oci-layout", MAX_LAYOUT_FILE_BYTES), f"{self.what}/oci-layout"
+        )
+        if layout.get("imageLayoutVersion") != "1.0.0":
+            raise ImageError(f"{self.what}: not an OCI image layout of version 1.0.0")
         raw = await self._document("index.json", documents.MAX_MANIFEST_BYTES)
         index = documents.parse_manifest(raw, documents.MEDIA_INDEX)
         assert isinstance(index, documents.ImageIndex)
@@ -91,31 +91,34 @@ class Layout(abc.ABC):
 
     async def referrers(self, subject_digest: Digest, *artifact_types: str) -> list[Descriptor]:
         """What was attached to a manifest, of these artifact types."""
-        raw = await self._referrers_index(referrers.referrers_tag(subject_digest))
+        listed = await self._listed()
+        raw = await self._referrers_index(referrers.referrers_tag(subject_digest), listed)
         index = None if raw is None else documents.parse_manifest(raw, documents.MEDIA_INDEX)
         entries = index.manifests if isinstance(index, documents.ImageIndex) else ()
         found = {d.digest: d for d in entries if d.artifact_type in artifact_types}
-        with contextlib.suppress(NotFound):
-            _, listed = await self._index()
-            others = [d for d in listed.manifests if d.artifact_type in artifact_types and d.digest not in found]
-            for one in others[:MAX_LISTED_ARTIFACTS]:
-                with contextlib.suppress(ImageError, NotFound):
-                    raw, _ = await self._by_digest(one.digest, one)
-                    found[one.digest] = referrers.listed_as(raw, subject_digest)
+        others = [d for d in listed if d.artifact_type in artifact_types and d.digest not in found]
+        for one in others[:MAX_LISTED_ARTIFACTS]:
+            with contextlib.suppress(ImageError, NotFound):
+                raw, _ = await self._by_digest(one.digest, one)
+                found[one.digest] = referrers.listed_as(raw, subject_digest)
         return list(found.values())
 
-    async def _referrers_index(self, tag: str) -> bytes | None:
-        """The list of what was attached; None if there is none."""
-        for read in (self._named_manifest, self._referrers_file):
-            with contextlib.suppress(NotFound):
-                return await read(tag)
+    async def _listed(self) -> tuple[Descriptor, ...]:
+        """What index.json lists; nothing if there is none."""
+        try:
+            return (await self._index())[1].manifests
+        except NotFound:
+            return ()
+
+    async def _referrers_index(self, tag: str, listed: Sequence[Descriptor]) -> bytes | None:
+        """The list of what was attached; None if there is none. `listed`: by index.json."""
+        for one in listed:
+            if _name(one) == tag:
+                with contextlib.suppress(NotFound):
+                    return (await self._by_digest(one.digest, one))[0]
+        with contextlib.suppress(NotFound):
+            return await self._document(referrers_file(tag), documents.MAX_MANIFEST_BYTES)
         return None
-
-    async def _named_manifest(self, name: str) -> bytes:
-        return (await self.manifest(name))[0]
-
-    async def _referrers_file(self, tag: str) -> bytes:
-        return await self._document(referrers_file(tag), documents.MAX_MANIFEST_BYTES)
 
 
 def _name(descriptor: Descriptor) -> str:
@@ -243,14 +246,15 @@ class DirectoryLayout(Layout):
         await self.push_blob(manifest)
         name = referrers.referrers_tag(subject.digest)
         async with self._alone():
-            await self._keep_referrers(name, referrers.add_to_index(await self._referrers_index(name), own))
+            raw = await self._referrers_index(name, await self._listed())
+            await self._keep_referrers(name, referrers.add_to_index(raw, own))
         return own.digest
 
     async def detach(self, subject: Descriptor, artifact: Descriptor, blobs: Sequence[Digest] = ()) -> None:
         """No longer list an artifact that was attached; its manifest and `blobs` are removed."""
         tag = referrers.referrers_tag(subject.digest)
         async with self._alone():
-            raw = await self._referrers_index(tag)
+            raw = await self._referrers_index(tag, await self._listed())
             if raw is not None:
                 await self._keep_referrers(tag, referrers.remove_from_index(raw, artifact.digest))
             with contextlib.suppress(NotFound):  # others' tools list it there
