@@ -21,7 +21,7 @@ from lazyfs.core.oci.digests import ContentRoot, Digest
 from lazyfs.core.oci.documents import ImageConfig, parse_config
 from lazyfs.errors import ImageError, LazyfsError, RemoteError
 from lazyfs.images.attached import Attached
-from lazyfs.images.config import check_config, load_config
+from lazyfs.images.config import check_joined, load_config
 from lazyfs.images.documents import Found, FoundLayer, Missing, find_index
 from lazyfs.images.heads import span_table
 from lazyfs.images.packs import find_packs
@@ -90,7 +90,7 @@ class ImageStore:
                     if isinstance(opened, Missing):
                         await close_source(resolved.source)
                     return opened
-                check_config(resolved, image.config)
+                check_joined(resolved, image.config)
                 image.promise(timeout_s)
                 image.users += 1  # no checkpoint since it was found
         except BaseException:
